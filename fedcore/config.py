@@ -1,0 +1,367 @@
+"""The scenario: nested frozen dataclasses read from TOML, validated once, unknown keys refused.
+
+A section is a dataclass, a key is a field; a field's metadata says what is allowed and what it means, and is the
+single source for validation, for ``fedcore config`` and for error messages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from fedcore.errors import Refused
+
+__all__ = [
+    "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "QuantizationConfig",
+    "RunConfig", "RunSection", "StrategyConfig", "TrainingConfig", "WireConfig", "describe", "load_config", "parse_config",
+]  # fmt: skip
+
+DATASETS = ("digits", "fashion-mnist", "smartwatch")
+MODELS = ("mlp", "cnn", "lenet", "dscnn", "imu_cnn")
+DRAWN_HERE = frozenset(("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes"))
+
+
+def _key(
+    default: Any, text: str, *, low: float | None = None, above: float | None = None, high: float | None = None,
+    choices: Sequence[str] = (), named: Sequence[str] = (), reference: str = "",
+) -> Any:  # fmt: skip
+    """A field with its rule: ``low <= value <= high``, ``value > above``, one of ``choices``; or one of ``named`` or a
+    ``module:attribute`` where ``reference`` says what it should be."""
+    rule = {"help": text, "low": low, "above": above, "high": high, "choices": choices, "named": named, "reference": reference}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=rule)
+    return field(default=default, metadata=rule)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """[run]"""
+
+    name: str = _key("", "name of the run; the scenario's file name when empty")
+    seed: int = _key(0, "seeds everything: partition, initial model, cohorts, data order", low=0, high=2**31 - 1)
+    rounds: int = _key(20, "rounds to run", low=1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data]"""
+
+    dataset: str = _key(
+        "digits", "data set; flower:NAME asks Flower Datasets (needs a network)",
+        named=(*DATASETS, "flower:NAME"), reference="function",
+    )  # fmt: skip
+    path: str = _key("", "directory of the data set's files, where it has any (IDX files for fashion-mnist)")
+    params: dict[str, Any] = _key({}, "keyword arguments of a data set of your own")
+    partition: str = _key(
+        "dirichlet", "how examples are dealt to clients", choices=("iid", "dirichlet", "labels", "natural", "quantity")
+    )
+    clients: int = _key(0, "number of clients; 0 = one per natural owner", low=0)
+    alpha: float = _key(0.5, "concentration of the Dirichlet distribution (dirichlet, quantity)", above=0)
+    labels_per_client: int = _key(2, "distinct labels a client holds (labels)", low=1)
+    min_examples: int = _key(2, "no client holds fewer examples than this; a partition that cannot keep it is refused", low=1)
+    test_fraction: float = _key(0.2, "share kept for the coordinator's test where the set has no test part", above=0, high=0.9)
+    calibration: int = _key(128, "examples kept by the coordinator to calibrate activation ranges; no client holds them", low=1)
+    holdout: float = _key(0.0, "share of each client's examples kept on the client for federated evaluation", low=0, high=0.9)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model]"""
+
+    name: str = _key("cnn", "model of the zoo, or your own torch.nn.Module", named=MODELS, reference="Class")
+    params: dict[str, Any] = _key({}, "keyword arguments of the model")
+    init: str = _key("", "safetensors file with initial parameters (relative to the scenario)")
+    trainable: tuple[str, ...] = _key(("*",), "patterns of parameter names that train and travel; the rest is frozen")
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """[quantization]"""
+
+    enabled: bool = _key(True, "train quantization-aware and send int8 weights; false = fp32 everywhere")
+    calibrate_round: int = _key(
+        1, "round before which activation ranges are measured on the coordinator's data and frozen; "
+        "a model that starts from random weights wants a few rounds first", low=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """[training]"""
+
+    epochs: int = _key(1, "local epochs a round", low=1)
+    batch_size: int = _key(16, "local batch size; the last batch of an epoch may be smaller", low=1)
+    lr: float = _key(0.05, "learning rate of local SGD", above=0)
+    lr_decay: float = _key(1.0, "factor on the learning rate from one round to the next", above=0, high=1)
+    momentum: float = _key(0.0, "momentum of local SGD (its buffer starts at zero each round)", low=0, high=0.9999)
+    weight_decay: float = _key(0.0, "L2 penalty of local SGD", low=0)
+    max_update_norm: float = _key(
+        0.0, "an update with a larger L2 norm is dropped as exploded; 0 = 10 x max(1, norm of the master)", low=0
+    )
+
+
+@dataclass(frozen=True)
+class StrategyConfig:
+    """[strategy]"""
+
+    name: str = _key("fedavg", "aggregation strategy: a short name (fedcore doctor lists them) or your own class",
+                     named=("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg",
+                            "krum", "multikrum", "bulyan", "qfedavg"), reference="Class")  # fmt: skip
+    params: dict[str, Any] = _key({}, "keyword arguments of the strategy")
+
+
+@dataclass(frozen=True)
+class CohortConfig:
+    """[cohort]"""
+
+    size: int = _key(0, "clients that train in a round; 0 = all", low=0)
+    evaluate_size: int = _key(0, "clients that evaluate in a federated evaluation; 0 = all", low=0)
+    timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0)
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """[evaluation]"""
+
+    every: int = _key(1, "rounds between central evaluations on the test part; 0 = only after the last round", low=0)
+    federated_every: int = _key(0, "rounds between federated evaluations on the clients; 0 = never", low=0)
+
+
+@dataclass(frozen=True)
+class WireConfig:
+    """[wire]"""
+
+    update: str = _key("float32", "encoding of the update a client sends; int8 rounds stochastically", choices=("float32", "int8"))
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """[engine]"""
+
+    name: str = _key("auto", "local training engine; auto decides by device and model, and is recorded",
+                     choices=("auto", "loop", "vmap"))  # fmt: skip
+    device: str = _key("auto", "where local training runs", choices=("auto", "cpu", "cuda"))
+    workers: int = _key(0, "worker processes; 0 = one per core. Results do not depend on it", low=0, high=1024)
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """[checkpoint]"""
+
+    every: int = _key(1, "rounds between commits; a crash loses at most the rounds since the last one", low=1)
+    keep: int = _key(2, "committed models kept on disk", low=1)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole scenario. ``folder`` is where relative paths and the user's own modules are looked up first."""
+
+    run: RunSection = RunSection()
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    quantization: QuantizationConfig = QuantizationConfig()
+    training: TrainingConfig = TrainingConfig()
+    strategy: StrategyConfig = StrategyConfig()
+    cohort: CohortConfig = CohortConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    wire: WireConfig = WireConfig()
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    folder: Path = Path()
+
+    def tables(self) -> dict[str, dict[str, Any]]:
+        """The scenario as plain TOML tables, every key spelled out."""
+        return {section.name: dataclasses.asdict(getattr(self, section.name)) for section in _sections()}
+
+    def to_toml(self) -> str:
+        """The resolved scenario as TOML text; reading it back gives an equal configuration."""
+        return f"folder = {_toml_value(str(self.folder))}\n\n{tomli_w.dumps(self.tables())}"
+
+    def replace(self, section: str, **values: Any) -> RunConfig:
+        """A copy with some keys of one section changed."""
+        return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read and validate a scenario; ``overrides`` are ``section.key=value`` with a TOML value.
+
+    Raises:
+        Refused: unreadable file, wrong TOML, or a value that the rules do not allow; one line with file, key and rule.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise Refused(f"{path}: cannot be read: {reason}") from error
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise Refused(f"{path}: not valid TOML: {error}") from error
+    folder = tables.pop("folder", None)
+    if folder is not None and not isinstance(folder, str):
+        raise Refused(f"{path}: folder must be a string, got {_show(folder)}")
+    source = str(path)
+    for override in overrides:
+        _apply_override(tables, override)
+        source = f"{path} with --set"
+    config = parse_config(tables, source, Path(folder) if folder is not None else path.resolve().parent)
+    return config if config.run.name else config.replace("run", name=path.stem)
+
+
+def parse_config(tables: Mapping[str, Any], source: str, folder: Path) -> RunConfig:
+    """Validate plain tables (see `load_config`); ``source`` names them in errors."""
+    sections = {section.name: section for section in _sections()}
+    values: dict[str, Any] = {}
+    for name, table in tables.items():
+        if name not in sections:
+            raise Refused(f"{source}: unknown section [{name}]{_hint(name, sections)}; allowed: {', '.join(sections)}")
+        if not isinstance(table, Mapping):
+            raise Refused(f"{source}: [{name}] must be a table of keys, got {_show(table)}")
+        values[name] = _parse_section(type(sections[name].default), name, table, source)
+    config = RunConfig(folder=folder, **values)
+    for problem in _impossible(config):
+        raise Refused(f"{source}: {problem}")
+    return config
+
+
+def describe() -> Iterator[tuple[str, str, str, str, str]]:
+    """Every key as (section, key, type and rule, default, meaning), in file order."""
+    for section in _sections():
+        kind: Any = type(section.default)
+        kinds = typing.get_type_hints(kind)
+        for key in fields(kind):
+            default = key.default if key.default is not dataclasses.MISSING else {}
+            yield section.name, key.name, _allowed(kinds[key.name], key.metadata), _toml_value(default), key.metadata["help"]
+
+
+def _sections() -> list[dataclasses.Field[Any]]:
+    return [section for section in fields(RunConfig) if section.name != "folder"]
+
+
+def _parse_section(kind: type, name: str, table: Mapping[str, Any], source: str) -> Any:
+    keys = {key.name: key for key in fields(kind)}
+    kinds = typing.get_type_hints(kind)
+    values = {}
+    for key, value in table.items():
+        if key not in keys:
+            raise Refused(f"{source}: unknown key {name}.{key}{_hint(key, keys)}; [{name}] allows: {', '.join(keys)}")
+        rule = keys[key].metadata
+        parsed = _coerce(value, kinds[key])
+        if parsed is None or not _permitted(parsed, rule):
+            raise Refused(
+                f"{source}: {name}.{key} must be {_allowed(kinds[key], rule)}, got {_show(value)}"
+                f"{_hint(str(value), (*rule['choices'], *rule['named']))}"
+            )
+        values[key] = parsed
+    return kind(**values)
+
+
+def _coerce(value: Any, kind: Any) -> Any:
+    """``value`` as ``kind``, or None where it is of another type (an integer is accepted for a float)."""
+    if typing.get_origin(kind) is tuple:
+        return tuple(value) if isinstance(value, list) and value and all(isinstance(item, str) for item in value) else None
+    if typing.get_origin(kind) is dict:
+        return value if isinstance(value, dict) else None
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) and kind is not bool:
+        return None
+    return value if isinstance(value, kind) else None
+
+
+def _permitted(value: Any, rule: Mapping[str, Any]) -> bool:
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    if rule["choices"] and value not in rule["choices"]:
+        return False
+    if rule["named"] and value not in rule["named"]:
+        module, colon, attribute = value.partition(":")
+        return bool(colon and module and attribute)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return True
+    low, above, high = rule["low"], rule["above"], rule["high"]
+    return (low is None or value >= low) and (above is None or value > above) and (high is None or value <= high)
+
+
+def _allowed(kind: Any, rule: Mapping[str, Any]) -> str:
+    if rule["choices"]:
+        return "one of " + ", ".join(rule["choices"])
+    if rule["named"]:
+        return "one of " + ", ".join(rule["named"]) + f" or module:{rule['reference']}"
+    origin = typing.get_origin(kind)
+    name = {
+        int: "an integer",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        tuple: "a list of strings",
+        dict: "a table",
+    }[origin or kind]
+    limits = [f">= {rule['low']}"] if rule["low"] is not None else []
+    limits += [f"> {rule['above']}"] if rule["above"] is not None else []
+    limits += [f"<= {rule['high']}"] if rule["high"] is not None else []
+    return " ".join([name, " and ".join(limits)]).strip()
+
+
+def _impossible(config: RunConfig) -> Iterator[str]:
+    """Combinations that no single key's rule can see."""
+    if config.data.clients == 0 and config.data.partition != "natural":
+        yield f'data.clients must be >= 1 with data.partition = "{config.data.partition}" (0 is for "natural")'
+    if config.data.clients and config.cohort.size > config.data.clients:
+        yield f"cohort.size = {config.cohort.size} is more than data.clients = {config.data.clients}"
+    if config.data.clients and config.cohort.evaluate_size > config.data.clients:
+        yield f"cohort.evaluate_size = {config.cohort.evaluate_size} is more than data.clients = {config.data.clients}"
+    if config.evaluation.federated_every and config.data.holdout == 0:
+        yield "evaluation.federated_every needs data.holdout > 0: clients evaluate on examples they do not train on"
+    if config.quantization.enabled and config.quantization.calibrate_round > config.run.rounds:
+        yield (
+            f"quantization.calibrate_round = {config.quantization.calibrate_round} is after the last round "
+            f"(run.rounds = {config.run.rounds}): activations would never be quantized"
+        )
+    if config.engine.name == "loop" and config.engine.device == "cuda" and config.engine.workers > 1:
+        yield 'engine.name = "loop" on cuda runs in one process: set engine.workers = 1, or use "vmap"'
+    for key in sorted(DRAWN_HERE & set(config.strategy.params)):
+        yield f"strategy.params.{key} cannot be set: fedcore draws the cohort; use cohort.size or cohort.evaluate_size"
+
+
+def _apply_override(tables: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    parts = path.strip().split(".")
+    if not equals or len(parts) < 2 or not all(parts):
+        raise Refused(f"--set {override}: must look like section.key=value, e.g. --set training.lr=0.1")
+    try:
+        value = tomllib.loads(f"value = {text.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    table = tables
+    for part in parts[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise Refused(f"--set {override}: {part} is a value, not a table")
+    table[parts[-1]] = value
+
+
+def _hint(name: str, known: typing.Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def _show(value: Any) -> str:
+    text = _toml_value(value) if isinstance(value, (str, int, float, bool, list, dict)) else repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, types.MappingProxyType | dict) and not value:
+        return "{}"
+    return tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}).removeprefix("v = ").strip().replace("\n", " ")

@@ -1,0 +1,69 @@
+"""Everything that a scenario determines, built once and checked: data, model, engine, strategy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedcore.config import RunConfig
+from fedcore.coordinator.strategy import build_strategy
+from fedcore.data import FederatedData, federate, load_dataset
+from fedcore.errors import Refused
+from fedcore.models import ParameterLayout, build_model, check_model, layout_of
+from fedcore.training.client import Clients
+from fedcore.training.engine import Engine, choose_engine
+
+__all__ = ["Assembly", "assemble", "build_clients"]
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """``config`` is resolved: engine and device are the ones chosen. ``model`` is the coordinator's own, on the CPU."""
+
+    config: RunConfig
+    data: FederatedData
+    model: nn.Module
+    engine: Engine
+    strategy: Strategy
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The parameters that train and travel."""
+        return layout_of(self.model, trainable=True)
+
+
+def assemble(config: RunConfig) -> Assembly:
+    """Build and check all parts.
+
+    Raises:
+        Refused: whatever the scenario asks for cannot be had; one line.
+    """
+    strategy = build_strategy(config)
+    dataset = load_dataset(config.data, config.folder, config.run.seed)
+    data = federate(config.data, dataset, config.run.seed)
+    for key, size in (("size", config.cohort.size), ("evaluate_size", config.cohort.evaluate_size)):
+        if size > len(data.clients):
+            raise Refused(f"cohort.{key} = {size} is more than the {len(data.clients)} clients of the partition")
+    model = _model(config, data)
+    sample = dataset.train.take(data.calibration[:4])
+    check_model(model, torch.from_numpy(sample.x), len(dataset.labels))
+    engine = choose_engine(config.engine, model)
+    resolved = config.replace("engine", name=engine.name, device=engine.device)
+    return Assembly(resolved, data, model, engine, strategy)
+
+
+def build_clients(assembly: Assembly) -> Clients:
+    """The clients of an assembled scenario, with a model of their own."""
+    config = assembly.config
+    model = _model(config, assembly.data)
+    return Clients(model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update)
+
+
+def _model(config: RunConfig, data: FederatedData) -> nn.Module:
+    return build_model(
+        config.model, quantized=config.quantization.enabled, input_shape=data.dataset.train.x.shape[1:],
+        classes=len(data.dataset.labels), seed=config.run.seed, folder=config.folder,
+    )  # fmt: skip

@@ -1,0 +1,264 @@
+"""The round loop over Flower's public strategy methods: numbered steps, one atomic commit each.
+
+A simulated round is a pure function of (configuration, seed, round, clients), so a run that was killed and resumed ends with
+the same bits as one that was not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message
+
+from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort
+from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.flower import Facts, decode_state, encode_state, facts_of, from_record, seed_strategies, to_record
+from fedcore.models import layout_of
+from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
+from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
+from fedcore.state.sqlite import Checkpoint, RunStore
+from fedcore.training.client import RoundTask
+from fedcore.training.evaluation import evaluate, load_flat
+from fedcore.training.plan import LocalPlan
+
+__all__ = ["Coordinator", "DrawnGrid", "Progress"]
+
+Floats = npt.NDArray[np.float32]
+Metrics = dict[str, Any]
+Result = TypeVar("Result")
+_PERCENTILES = (5, 25, 50, 75, 95)
+
+
+class DrawnGrid(Protocol):
+    """A Flower Grid that shows only the clients drawn, ``nodes``; node ids in facts are client ids."""
+
+    nodes: Sequence[int]
+
+    def get_node_ids(self) -> Iterable[int]:
+        """As flwr.serverapp.Grid."""
+        ...
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """As flwr.serverapp.Grid."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a commit holds beside the strategy's state: ``master`` [d] fp32, frozen activation ranges, and ``seen``: which
+    clients already hold the frozen parameters."""
+
+    round_number: int
+    master: Floats
+    ranges: dict[str, ActivationRange]
+    seen: npt.NDArray[np.bool_]
+
+
+class Coordinator:
+    """Runs the rounds of an assembled scenario over a grid; ``progress`` is the state after the last finished round."""
+
+    def __init__(self, assembly: Assembly, grid: DrawnGrid, store: RunStore) -> None:
+        self.assembly, self.config, self.strategy = assembly, assembly.config, assembly.strategy
+        self.layout = assembly.layout
+        self.client_accuracies: Metrics | None = None
+        self._grid, self._store, self._model = grid, store, assembly.model
+        frozen = layout_of(self._model, trainable=False)
+        values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if not p.requires_grad}
+        self._frozen_bytes = len(encode_model(frozen.wire_tensors(frozen.join(values)))) if values else 0
+        self.progress = self._restore() or self._begin()
+
+    def rounds(self) -> Iterator[Metrics]:
+        """Run the rounds that are left; yields each round's metrics once it is committed (with ``checkpoint.every`` = 1).
+
+        Raises:
+            RoundFailed: a round gave no usable model; the last commit holds the last good one.
+            TryAgain: a commit could not be written.
+        """
+        uncommitted: list[Metrics] = []
+        while self.progress.round_number < self.config.run.rounds:
+            progress, metrics = self._round(self.progress)
+            uncommitted.append(metrics)
+            due = progress.round_number % self.config.checkpoint.every == 0 or progress.round_number == self.config.run.rounds
+            if due:
+                self._commit(progress, uncommitted)
+                uncommitted = []
+            self.progress = progress
+            yield metrics
+
+    def received(self, progress: Progress) -> tuple[bytes, Floats]:
+        """What a device downloads after ``progress``: the encoded model, and the parameters [d] that it decodes to."""
+        blob = encode_model(self.layout.wire_tensors(progress.master), progress.ranges)
+        return blob, self.layout.join(decode_model(blob).tensors)
+
+    def _round(self, progress: Progress) -> tuple[Progress, Metrics]:
+        number, config, clock = progress.round_number + 1, self.config, _Clock()
+        # 1. Everything drawn in this round is a function of (seed, round).
+        seed_strategies(config.run.seed, number)
+        if config.quantization.enabled and number == config.quantization.calibrate_round:
+            progress = dataclasses.replace(progress, ranges=self._calibrate(progress))
+        # 2. The strategy configures, the cohort trains, the strategy aggregates.
+        arrays, task = to_record(self.layout, progress.master), self._task(number, progress)
+        self._grid.nodes = draw_cohort(config.run.seed, number, len(self.assembly.data.clients), config.cohort.size, TRAIN)
+        messages = self._call("configure_train", self.strategy.configure_train, number, arrays, _record(task), self._grid)
+        replies, trained = self._exchange(messages, "train")
+        master, aggregated = self._aggregate(number, replies)
+        clock.lap("train")
+        # 3. Evaluate on the coordinator's test part, and on the clients.
+        new = dataclasses.replace(progress, round_number=number, master=master)
+        last = number == config.run.rounds
+        central = self._evaluate(new) if last or (config.evaluation.every and number % config.evaluation.every == 0) else {}
+        federated: Metrics = {}
+        evaluated = Facts()
+        if config.evaluation.federated_every and (last or number % config.evaluation.federated_every == 0):
+            federated, evaluated = self._evaluate_on_clients(new)
+        clock.lap("evaluate")
+        # 4. Account for the traffic; a client downloads the frozen parameters once.
+        seen, frozen_down = self._first_downloads(progress.seen, trained, evaluated)
+        metrics: Metrics = {
+            "round": number,
+            "cohort": len(trained.clients) + len(trained.dropped),
+            "replies": len(trained.clients),
+            "dropped": [{"client": client, "reason": reason} for client, reason in trained.dropped],
+            **aggregated,
+            "update_norm": float(np.linalg.norm(master.astype(np.float64) - progress.master)),
+            "quantized": bool(progress.ranges),
+            **central,
+            **federated,
+            "bytes_up": trained.bytes_up + evaluated.bytes_up,
+            "bytes_down": trained.bytes_down + evaluated.bytes_down + frozen_down,
+            "timing": clock.laps
+            | {"seconds": sum(clock.laps.values()), "clients_per_second": len(trained.clients) / clock.laps["train"]},
+        }
+        return dataclasses.replace(new, seen=seen), metrics
+
+    def _task(self, number: int, progress: Progress) -> RoundTask:
+        training = self.config.training
+        plan = LocalPlan(
+            training.epochs, training.batch_size, training.lr * training.lr_decay ** (number - 1), training.momentum,
+            training.weight_decay,
+        )  # fmt: skip
+        norm = float(np.linalg.norm(progress.master.astype(np.float64)))
+        return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges)
+
+    def _exchange(self, messages: Iterable[Message], what: str) -> tuple[list[Message], Facts]:
+        sent = list(messages)
+        if not sent:
+            raise RoundFailed(f"strategy {self.config.strategy.name} asked no client to {what}")
+        replies = list(self._grid.send_and_receive(sent, timeout=self.config.cohort.timeout))
+        return replies, Facts.merge(facts_of(reply) for reply in replies)
+
+    def _aggregate(self, number: int, replies: list[Message]) -> tuple[Floats, Metrics]:
+        arrays, metrics = self._call("aggregate_train", self.strategy.aggregate_train, number, replies)
+        if not isinstance(arrays, ArrayRecord):
+            raise RoundFailed(f"strategy {self.config.strategy.name} gave no model for {len(replies)} replies (too few for it?)")
+        master = from_record(self.layout, arrays)
+        if not np.isfinite(master).all():
+            raise RoundFailed(f"strategy {self.config.strategy.name} gave a model that is not finite; the last commit is intact")
+        return master, {key: value for key, value in (metrics or {}).items() if key != "num-examples"}
+
+    def _calibrate(self, progress: Progress) -> dict[str, ActivationRange]:
+        examples = self.assembly.data.dataset.train.take(self.assembly.data.calibration)
+        load_flat(self._model, torch.from_numpy(progress.master))
+        return calibrate(self._model.eval(), torch.from_numpy(examples.x).split(256))
+
+    def _evaluate(self, progress: Progress) -> Metrics:
+        test = self.assembly.data.dataset.test
+        x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
+        load_flat(self._model, torch.from_numpy(progress.master))
+        with float_arithmetic(self._model):
+            score = evaluate(self._model, x, y)
+        if not self.config.quantization.enabled:
+            return {"accuracy": score.accuracy, "loss": score.loss}
+        set_activation_ranges(self._model, progress.ranges)
+        load_flat(self._model, torch.from_numpy(self.received(progress)[1]))
+        quantized = evaluate(self._model, x, y)
+        return {
+            "accuracy": score.accuracy, "loss": score.loss,
+            "fake_quant_accuracy": quantized.accuracy, "fake_quant_loss": quantized.loss,
+        }  # fmt: skip
+
+    def _evaluate_on_clients(self, progress: Progress) -> tuple[Metrics, Facts]:
+        number, config = progress.round_number, self.config
+        self._grid.nodes = draw_cohort(
+            config.run.seed, number, len(self.assembly.data.clients), config.cohort.evaluate_size, EVALUATE
+        )  # fmt: skip
+        arrays, record = to_record(self.layout, progress.master), _record(self._task(number, progress))
+        messages = list(self._call("configure_evaluate", self.strategy.configure_evaluate, number, arrays, record, self._grid))
+        if not messages:
+            return {}, Facts()
+        replies, facts = self._exchange(messages, "evaluate")
+        metrics = self._call("aggregate_evaluate", self.strategy.aggregate_evaluate, number, replies)
+        accuracies = [accuracy for _, accuracy, _ in facts.accuracies]
+        found: Metrics = {key: value for key, value in (metrics or {}).items() if key != "num-examples"}
+        found["clients"] = len(accuracies)
+        if accuracies:
+            values = np.percentile(accuracies, _PERCENTILES).tolist()
+            found["percentiles"] = dict(zip(map(str, _PERCENTILES), values, strict=True))
+            by_client = {client: (accuracy, examples) for client, accuracy, examples in facts.accuracies}
+            everyone = [by_client.get(client, (None, None)) for client in range(len(self.assembly.data.clients))]
+            self.client_accuracies = {
+                "round": number, "accuracy": [accuracy for accuracy, _ in everyone], "examples": [count for _, count in everyone],
+            }  # fmt: skip
+        return {"federated": found}, facts
+
+    def _first_downloads(self, seen: npt.NDArray[np.bool_], *facts: Facts) -> tuple[npt.NDArray[np.bool_], int]:
+        now = seen.copy()
+        now[[client for part in facts for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
+        return now, self._frozen_bytes * int((now & ~seen).sum())
+
+    def _call(self, name: str, method: Callable[..., Result], *arguments: Any) -> Result:
+        try:
+            return method(*arguments)
+        except FedcoreError:
+            raise
+        except Exception as error:  # a researcher's own strategy may raise anything
+            raise RoundFailed(f"strategy {self.config.strategy.name} failed in {name}: {type(error).__name__}: {error}") from error
+
+    def _begin(self) -> Progress:
+        values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if p.requires_grad}
+        return Progress(0, self.layout.join(values), {}, np.zeros(len(self.assembly.data.clients), np.bool_))
+
+    def _commit(self, progress: Progress, metrics: Sequence[Metrics]) -> None:
+        text, arrays = encode_state(self.strategy)
+        facts = {
+            "strategy": text,
+            "ranges": {name: [span.scale, span.zero_point] for name, span in progress.ranges.items()},
+            "clients": self.client_accuracies,
+        }
+        held = {f"strategy/{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
+        self._store.commit(Checkpoint(progress.round_number, held, facts), metrics, self.config.checkpoint.keep)
+
+    def _restore(self) -> Progress | None:
+        checkpoint = self._store.latest()
+        if checkpoint is None:
+            return None
+        prefix = "strategy/"
+        arrays = {key.removeprefix(prefix): array for key, array in checkpoint.arrays.items() if key.startswith(prefix)}
+        decode_state(self.strategy, checkpoint.facts["strategy"], arrays)
+        self.client_accuracies = checkpoint.facts["clients"]
+        ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
+        return Progress(checkpoint.round_number, checkpoint.arrays["master"], ranges, checkpoint.arrays["seen"])
+
+
+class _Clock:
+    """Seconds since the last lap, by name."""
+
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name], self._last = now - self._last, now
+
+
+def _record(task: RoundTask) -> ConfigRecord:
+    return ConfigRecord(task.to_table())

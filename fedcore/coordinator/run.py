@@ -1,0 +1,211 @@
+"""A simulated run and the directory it leaves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedcore import __version__
+from fedcore.config import RunConfig, load_config
+from fedcore.coordinator.assembly import Assembly, assemble, build_clients
+from fedcore.coordinator.rounds import Coordinator, Metrics
+from fedcore.coordinator.strategy import accepts_mean
+from fedcore.errors import FedcoreError, Refused
+from fedcore.grids.cohort import CohortGrid
+from fedcore.grids.pool import available_workers
+from fedcore.quantization.layers import set_activation_ranges
+from fedcore.state.sqlite import RunStore
+from fedcore.training.evaluation import load_flat
+
+__all__ = ["SimulatedRun", "next_directory"]
+
+# What may differ between a run and its continuation: nothing that a committed round depended on.
+_MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout"}}
+
+
+class SimulatedRun:
+    """A scenario on this machine's cores, in ``directory``; use as a context manager.
+
+    Raises:
+        Refused: the scenario is wrong, or the directory holds a run already (without ``resume``) or another scenario's run.
+        TryAgain: another process is running it.
+    """
+
+    def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
+        torch.set_num_threads(1)  # results must not depend on the number of cores; workers use the others
+        config = _continued(config, directory) if resume else _begun(config, directory)
+        self.directory = directory
+        self.assembly = assemble(config)
+        self.config = self.assembly.config
+        self.mean = accepts_mean(self.assembly.strategy)
+        single = self.assembly.engine.device != "cpu"
+        self.workers = 1 if single else self.config.engine.workers or available_workers()
+        clients = build_clients(self.assembly)
+        self.grid = CohortGrid(clients, self.assembly.layout, mean=self.mean, workers=self.workers)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._store = RunStore(directory)
+            self.coordinator = Coordinator(self.assembly, self.grid, self._store)
+            _write(directory / "config.toml", self.config.to_toml())
+            _write(directory / "partition.json", json.dumps(_partition(self.assembly)))
+            self._history = list(self._store.metrics())
+            _write(directory / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self._history))
+            (directory / "result.json").unlink(missing_ok=True)
+        except BaseException:
+            self.grid.close()
+            raise
+
+    def __enter__(self) -> SimulatedRun:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        self.grid.close()
+        self._store.close()
+
+    @property
+    def first_round(self) -> int:
+        """The round that `rounds` begins with."""
+        return self.coordinator.progress.round_number + 1
+
+    def rounds(self) -> Iterator[Metrics]:
+        """Run the rounds that are left; each is in metrics.jsonl when it is yielded."""
+        for metrics in self.coordinator.rounds():
+            self._history.append(metrics)
+            with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+            if self.coordinator.client_accuracies is not None and "federated" in metrics:
+                _write(self.directory / "clients.json", json.dumps(self.coordinator.client_accuracies))
+            yield metrics
+
+    def finish(self) -> dict[str, Any]:
+        """Write the model, ``result.json`` and ``report.html``; returns the result."""
+        from fedcore.report.page import write_report
+
+        last = self._history[-1]
+        timings = [entry["timing"] for entry in self._history]
+        model_bytes, exported = self._export()
+        result = {
+            "rounds": last["round"],
+            "accuracy": last["accuracy"],
+            "loss": last["loss"],
+            **exported,
+            "test_examples": len(self.assembly.data.dataset.test),
+            "bytes_up": sum(entry["bytes_up"] for entry in self._history),
+            "bytes_down": sum(entry["bytes_down"] for entry in self._history),
+            "clients_per_second": sum(entry["replies"] for entry in self._history) / sum(t["train"] for t in timings),
+            "seconds": sum(timing["seconds"] for timing in timings),
+            "dropped": sum(len(entry["dropped"]) for entry in self._history),
+            "engine": self.assembly.engine.name,
+            "engine_reason": self.assembly.engine.reason,
+            "strategy_replies": "one mean reply" if self.mean else "one reply per client",
+            "parameters": sum(parameter.numel() for parameter in self.assembly.model.parameters()),
+            "trainable_parameters": self.assembly.layout.size,
+            "model_bytes": model_bytes,
+            "version": __version__,
+            "seed": self.config.run.seed,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        _write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        write_report(self.directory)
+        return result
+
+    def _export(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """Write ``model/``: the wire format and ONNX; the int8 accuracy is that of ONNX Runtime's integer kernels."""
+        from fedcore.export.onnx import integer_operators, onnx_logits, to_onnx
+        from fedcore.models import layout_of
+        from fedcore.quantization.wire import decode_model, encode_model
+
+        model, progress, dataset = self.assembly.model, self.coordinator.progress, self.assembly.data.dataset
+        load_flat(model, torch.from_numpy(progress.master))
+        layout = layout_of(model, trainable=None)
+        everything = layout.join({name: parameter.detach().numpy() for name, parameter in model.named_parameters()})
+        metadata = {
+            "name": self.config.run.name, "model": self.config.model.name, "round": str(progress.round_number),
+            "version": __version__, "labels": json.dumps(dataset.labels),
+            "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std),
+        }  # fmt: skip
+        blob = encode_model(layout.wire_tensors(everything), progress.ranges, metadata)
+        _write(self.directory / "model" / "model.fcm", blob)
+        sizes = {"fp32": 4 * layout.size, "int8": len(blob)}
+        set_activation_ranges(model, progress.ranges)
+        received = decode_model(blob).tensors
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(received[name]))
+        try:
+            onnx_file = to_onnx(model, dataset.train.x.shape[1:], metadata)
+        except FedcoreError as error:
+            return sizes, {"int8_accuracy": None, "onnx": str(error)}
+        _write(self.directory / "model" / "model.onnx", onnx_file)
+        predicted = onnx_logits(onnx_file, dataset.test.x).argmax(1)
+        return sizes | {"onnx": len(onnx_file)}, {
+            "int8_accuracy": float((predicted == dataset.test.y).mean()) if self.config.quantization.enabled else None,
+            "operators": integer_operators(onnx_file),
+        }
+
+
+def next_directory(root: Path, name: str) -> Path:
+    """The first unused ``root/name-NNN``."""
+    number = 1
+    while (root / f"{name}-{number:03d}").exists():
+        number += 1
+    return root / f"{name}-{number:03d}"
+
+
+def _begun(config: RunConfig, directory: Path) -> RunConfig:
+    if directory.exists() and not directory.is_dir():
+        raise Refused(f"--out {directory}: is a file; a run needs a directory")
+    if (directory / "config.toml").exists():
+        raise Refused(f"--out {directory}: holds a run already; add --resume to continue it, or choose another directory")
+    return config
+
+
+def _continued(config: RunConfig, directory: Path) -> RunConfig:
+    """The configuration of a continuation: the recorded one, with what may change taken from ``config``."""
+    if not (directory / "config.toml").exists():
+        raise Refused(f"--resume: {directory} holds no run")
+    recorded = load_config(directory / "config.toml")
+    ours, theirs = config.tables(), recorded.tables()
+    if ours["engine"]["name"] == "auto":
+        ours["engine"]["name"] = theirs["engine"]["name"]
+    if ours["engine"]["device"] == "auto":
+        ours["engine"]["device"] = theirs["engine"]["device"]
+    for section, keys in ours.items():
+        for key, value in keys.items():
+            if value != theirs[section][key] and key not in _MAY_CHANGE.get(section, ()):
+                raise Refused(
+                    f"--resume: {section}.{key} is {value!r}, the run in {directory} has {theirs[section][key]!r}; "
+                    "a continued run may change only the number of rounds, workers, timeout and checkpoints"
+                )
+    changed = {section: {key: ours[section][key] for key in keys} for section, keys in _MAY_CHANGE.items()}
+    for section, values in changed.items():
+        recorded = recorded.replace(section, **values)
+    return dataclasses.replace(recorded, folder=config.folder)
+
+
+def _partition(assembly: Assembly) -> Mapping[str, Any]:
+    data = assembly.data
+    return {
+        "labels": list(data.dataset.labels),
+        "label_counts": np.asarray(data.label_counts()).tolist(),
+        "holdout": [len(part) for part in data.holdout],
+        "calibration": len(data.calibration),
+        "test": len(data.dataset.test),
+        "seed": assembly.config.run.seed,
+        "digest": data.digest(),
+    }
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.replace(path)

@@ -1,0 +1,134 @@
+"""Progress of a run: a live picture in a terminal, plain lines elsewhere, JSON lines for scripts."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from fedcore.coordinator.run import SimulatedRun
+
+__all__ = ["follow", "human_bytes", "human_seconds"]
+
+_RECENT = 8  # rounds shown in the live table
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes in the largest unit that keeps it at least 1, decimal: 12.3 MB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """Hours, minutes and seconds: 1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def follow(run: SimulatedRun, console: Console, *, as_json: bool) -> None:
+    """Run the rounds that are left and show them as they come."""
+    if as_json:
+        for metrics in run.rounds():
+            print(json.dumps({"event": "round", **metrics}), flush=True)
+    elif console.is_terminal:
+        _follow_live(run, console)
+    else:
+        console.print(_headline(run), highlight=False, soft_wrap=True)
+        watch = _Watch(run)
+        for metrics in run.rounds():
+            console.print(_line(metrics, watch), highlight=False, soft_wrap=True)
+
+
+class _Watch:
+    """Estimates the time left from the rounds finished since the start."""
+
+    def __init__(self, run: SimulatedRun) -> None:
+        self.total, self.done = run.config.run.rounds, run.first_round - 1
+        self._first, self._started = self.done, time.monotonic()
+
+    def left(self, finished: int) -> str:
+        """Time left after ``finished`` rounds."""
+        pace = (time.monotonic() - self._started) / max(1, finished - self._first)
+        return human_seconds(pace * (self.total - finished))
+
+
+def _headline(run: SimulatedRun) -> str:
+    config, engine = run.config, run.assembly.engine
+    cohort = config.cohort.size or len(run.grid.nodes)
+    workers = f"{run.workers} worker{'s' if run.workers > 1 else ''}"
+    start = f", continuing after round {run.first_round - 1}" if run.first_round > 1 else ""
+    return (
+        f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, cohort {cohort}, "
+        f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {workers}){start}"
+    )
+
+
+def _line(metrics: dict[str, Any], watch: _Watch) -> str:
+    parts = [f"round {metrics['round']}/{watch.total}", f"cohort {metrics['cohort']}", _accuracy(metrics)]
+    parts += [f"dropped {len(metrics['dropped'])}"] if metrics["dropped"] else []
+    parts += [
+        f"{metrics['timing']['clients_per_second']:.0f} clients/s",
+        f"up {human_bytes(metrics['bytes_up'])}",
+        f"down {human_bytes(metrics['bytes_down'])}",
+        f"left {watch.left(metrics['round'])}",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _accuracy(metrics: dict[str, Any]) -> str:
+    if "accuracy" not in metrics:
+        return ""
+    quantized = f" (quantized {metrics['fake_quant_accuracy']:.3f})" if "fake_quant_accuracy" in metrics else ""
+    return f"accuracy {metrics['accuracy']:.3f}{quantized}"
+
+
+def _follow_live(run: SimulatedRun, console: Console) -> None:
+    watch, recent = _Watch(run), list[dict[str, Any]]()
+    with _bars(run, watch) as bars:
+
+        def picture() -> RenderableType:
+            bars.update(bars.task_ids[1], completed=run.grid.clients_done, total=len(run.grid.nodes))
+            return Group(Text(_headline(run), style="bold"), _table(recent, watch), bars)
+
+        with Live(get_renderable=picture, console=console, refresh_per_second=5):
+            for metrics in run.rounds():
+                recent = [*recent, metrics][-_RECENT:]
+                bars.update(bars.task_ids[0], completed=metrics["round"], left=f"{watch.left(metrics['round'])} left")
+
+
+@contextmanager
+def _bars(run: SimulatedRun, watch: _Watch) -> Iterator[Progress]:
+    columns = (TextColumn("{task.description:>8}"), BarColumn(bar_width=40), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    bars = Progress(*columns, TextColumn("{task.fields[left]}"))
+    bars.add_task("rounds", total=watch.total, completed=watch.done, left="")
+    bars.add_task("clients", total=len(run.grid.nodes), left="in this round")
+    yield bars
+
+
+def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name in ("round", "cohort", "dropped", "train loss", "accuracy", "quantized", "clients/s", "up", "down"):
+        table.add_column(name, justify="right")
+    for metrics in recent:
+        numbers = [_number(metrics, key) for key in ("train_loss", "accuracy", "fake_quant_accuracy")]
+        rate = f"{metrics['timing']['clients_per_second']:.0f}"
+        traffic = [human_bytes(metrics[key]) for key in ("bytes_up", "bytes_down")]
+        counts = [f"{metrics['round']}/{watch.total}", str(metrics["cohort"]), str(len(metrics["dropped"]))]
+        table.add_row(*counts, *numbers, rate, *traffic)
+    return table
+
+
+def _number(metrics: dict[str, Any], key: str) -> str:
+    return f"{metrics[key]:.3f}" if key in metrics else ""

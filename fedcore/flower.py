@@ -1,0 +1,189 @@
+"""The only module that touches Flower's private parts; also the conversions between its records and ours.
+
+Checked against flwr 1.41: a Message can be built only where ``TaskIdentity`` is set, which Flower does in its own processes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import random
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+for _name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
+    os.environ.setdefault(_name, "1")
+os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+
+import numpy as np  # noqa: E402 - flwr reads its environment when imported
+import numpy.typing as npt  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.serverapp.strategy import Strategy  # noqa: E402
+from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
+
+from fedcore.errors import Refused  # noqa: E402
+from fedcore.models import ParameterLayout  # noqa: E402
+
+__all__ = [
+    "Facts", "assume_identity", "decode_state", "encode_state", "facts_of", "from_record", "reply_content", "seed_strategies",
+    "to_record",
+]  # fmt: skip
+
+# Flower logs every round at INFO; what matters of it is in our metrics and errors.
+logging.getLogger("flwr").setLevel(logging.ERROR)
+
+Floats = npt.NDArray[np.float32]
+_FACTS = "fedcore-facts"
+
+
+def assume_identity() -> None:
+    """Let Messages be built in this process; does nothing in a process that Flower started."""
+    for name in ("_task_id", "_run_id", "_node_id"):
+        if getattr(TaskIdentity, name) is None:
+            setattr(TaskIdentity, name, 0)
+
+
+def seed_strategies(seed: int, round_number: int) -> None:
+    """Flower's strategies draw from the global generators of random and numpy; make a round's draws a function of both."""
+    word = int(np.random.SeedSequence([seed, round_number, 0x737472]).generate_state(1)[0])
+    random.seed(word)
+    np.random.seed(word)
+
+
+def to_record(layout: ParameterLayout, flat: Floats) -> ArrayRecord:
+    """The flat parameters [d] as an ArrayRecord by name."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in layout.split(flat).items()})
+
+
+def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
+    """The record's arrays as one flat float32 vector [d]; some strategies return float64.
+
+    Raises:
+        Refused: names or shapes are not the model's.
+    """
+    return layout.join({name: array.numpy() for name, array in record.items()})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a grid observed about the clients behind a reply; rides in the reply beside what the strategy reads.
+
+    ``accuracies``: one per evaluated client with its number of examples. Bytes are lengths of encoded payloads.
+    """
+
+    clients: tuple[int, ...] = ()
+    dropped: tuple[tuple[int, str], ...] = ()
+    bytes_up: int = 0
+    bytes_down: int = 0
+    accuracies: tuple[tuple[int, float, int], ...] = field(default=())
+
+    @classmethod
+    def merge(cls, parts: Iterable[Facts]) -> Facts:
+        """The facts of several replies together, by client."""
+        found = list(parts)
+        return cls(
+            tuple(sorted(client for facts in found for client in facts.clients)),
+            tuple(sorted(entry for facts in found for entry in facts.dropped)),
+            sum(facts.bytes_up for facts in found),
+            sum(facts.bytes_down for facts in found),
+            tuple(sorted(entry for facts in found for entry in facts.accuracies)),
+        )
+
+
+def reply_content(arrays: ArrayRecord | None, metrics: Mapping[str, float], facts: Facts) -> RecordDict:
+    """A reply as Flower's strategies want it: at most one ArrayRecord, exactly one MetricRecord; and our facts."""
+    content = RecordDict({"metrics": MetricRecord(dict(metrics)), _FACTS: ConfigRecord({"json": json.dumps(asdict(facts))})})
+    if arrays is not None:
+        content["arrays"] = arrays
+    return content
+
+
+def facts_of(reply: Message) -> Facts:
+    """The facts in a reply; empty where a foreign client sent none.
+
+    Raises:
+        Refused: facts that do not parse, from a client that is not ours.
+    """
+    record = reply.content.config_records.get(_FACTS)
+    if record is None:
+        return Facts()
+    try:
+        table = json.loads(str(record["json"]))
+        return Facts(
+            tuple(int(client) for client in table["clients"]),
+            tuple((int(client), str(reason)) for client, reason in table["dropped"]),
+            int(table["bytes_up"]),
+            int(table["bytes_down"]),
+            tuple((int(client), float(accuracy), int(examples)) for client, accuracy, examples in table["accuracies"]),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise Refused(f"node {reply.metadata.src_node_id} sent facts that cannot be read") from error
+
+
+def encode_state(strategy: Strategy) -> tuple[str, dict[str, npt.NDArray[Any]]]:
+    """A strategy's state as JSON text and the arrays it refers to by key; no pickle.
+
+    Either what its own ``state_dict()`` gives, or all its attributes except functions.
+
+    Raises:
+        Refused: a value that is no scalar, array, ArrayRecord, dict or list; the line names the attribute.
+    """
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    own = getattr(strategy, "state_dict", None)
+    state = own() if callable(own) else {k: v for k, v in vars(strategy).items() if not callable(v)}
+    return json.dumps(_encode(state, type(strategy).__name__, arrays)), arrays
+
+
+def decode_state(strategy: Strategy, text: str, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Put the state of `encode_state` into a freshly built strategy of the same class."""
+    state = _decode(json.loads(text), arrays)
+    load = getattr(strategy, "load_state_dict", None)
+    if callable(load):
+        load(state)
+    else:
+        vars(strategy).update(state)
+
+
+def _encode(value: Any, where: str, arrays: dict[str, npt.NDArray[Any]]) -> Any:
+    if isinstance(value, ArrayRecord):
+        return {"record": {name: _encode(array.numpy(), f"{where}.{name}", arrays) for name, array in value.items()}}
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fiub":
+        key = f"a{len(arrays)}"
+        arrays[key] = np.ascontiguousarray(value)
+        return {"array": key}
+    if isinstance(value, np.generic) and value.dtype.kind in "fiub":
+        return {"scalar": value.item(), "dtype": value.dtype.str}
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else {"float": repr(value)}
+    if isinstance(value, (list, tuple)):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_encode(item, f"{where}[{i}]", arrays) for i, item in enumerate(value)]}
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {"dict": {key: _encode(item, f"{where}.{key}", arrays) for key, item in value.items()}}
+    raise Refused(
+        f"strategy state {where} is a {type(value).__name__}, which a checkpoint cannot hold; "
+        "give the strategy state_dict() and load_state_dict() made of numbers, arrays, dicts and lists"
+    )
+
+
+def _decode(value: Any, arrays: Mapping[str, npt.NDArray[Any]]) -> Any:
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "record":
+        return ArrayRecord({name: Array(_decode(item, arrays)) for name, item in content.items()})
+    if kind == "array":
+        return arrays[content]
+    if kind == "scalar":
+        return np.dtype(value["dtype"]).type(content)
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {key: _decode(item, arrays) for key, item in content.items()}
+    items = [_decode(item, arrays) for item in content]
+    return items if kind == "list" else tuple(items)

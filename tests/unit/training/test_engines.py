@@ -1,0 +1,157 @@
+"""Every engine is the same function: each is compared with the plain loop, and the plain loop with torch.optim.SGD."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedcore.config import EngineConfig
+from fedcore.errors import Refused
+from fedcore.models import ZOO
+from fedcore.quantization.layers import calibrate, make_quantization_aware
+from fedcore.training.engine import choose_engine
+from fedcore.training.local import LoopTrainer
+from fedcore.training.plan import ClientData, LocalPlan, batch_order, client_rng
+from fedcore.training.vmap import VmapTrainer
+
+SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
+SIZES = (13, 1, 7, 20, 10)  # unequal, one example, ragged and full last batches
+PLANS = {
+    "sgd": LocalPlan(epochs=2, batch_size=5, lr=0.05),
+    "everything": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1),
+}
+
+
+def network(name: str, quantized: bool, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = ZOO[name](SHAPES[name], 4)
+    if quantized:
+        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
+    return model.to(dtype)
+
+
+def federation(shape: tuple[int, ...], dtype: torch.dtype) -> list[ClientData]:
+    rng = np.random.default_rng(5)
+    return [
+        ClientData(i, torch.tensor(rng.standard_normal((n, *shape)), dtype=dtype), torch.tensor(rng.integers(0, 4, n)), client_rng(1, 1, i, 1))
+        for i, n in enumerate(SIZES)
+    ]  # fmt: skip
+
+
+def start_of(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+
+
+def updates(trainer, model_of, shape, dtype, plan) -> tuple[torch.Tensor, list[float]]:
+    model = model_of()
+    start = start_of(model)
+    results = list(trainer(model).train(start, federation(shape, dtype), plan))
+    assert [r.client for r in results] == list(range(len(SIZES)))
+    assert [r.examples for r in results] == list(SIZES)
+    return torch.stack([r.update for r in results]), [r.loss for r in results]
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ZOO)
+def test_vmap_equals_the_loop_in_double_precision(name, plan, quantized):
+    def model_of():
+        return network(name, quantized, torch.float64)
+
+    loop, loop_losses = updates(LoopTrainer, model_of, SHAPES[name], torch.float64, plan)
+    for chunk in (64, 2):
+        many, losses = updates(lambda m, c=chunk: VmapTrainer(m, chunk=c), model_of, SHAPES[name], torch.float64, plan)
+        torch.testing.assert_close(many, loop, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(losses, loop_losses, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_vmap_equals_the_loop_in_single_precision_without_fake_quant(name):
+    def model_of():
+        return network(name, False, torch.float32)
+
+    loop, _ = updates(LoopTrainer, model_of, SHAPES[name], torch.float32, PLANS["everything"])
+    many, _ = updates(VmapTrainer, model_of, SHAPES[name], torch.float32, PLANS["everything"])
+    torch.testing.assert_close(many, loop, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+def test_the_loop_is_torch_sgd(plan):
+    model = network("cnn", True, torch.float64)
+    plain = copy.deepcopy(model)
+    start = start_of(model)
+    loop = LoopTrainer(model)
+    for data in federation(SHAPES["cnn"], torch.float64):
+        twin = ClientData(data.client, data.x, data.y, client_rng(1, 1, data.client, 1))
+        (result,) = loop.train(start, [data], plan)
+        torch.nn.utils.vector_to_parameters(start.clone(), plain.parameters())
+        anchor = [p.detach().clone() for p in plain.parameters()]
+        optimizer = torch.optim.SGD(plain.parameters(), plan.lr, plan.momentum, weight_decay=plan.weight_decay)
+        losses = []
+        for order in batch_order(len(twin.y), plan, twin.rng):
+            for index in torch.from_numpy(order).split(plan.batch_size):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(plain(twin.x[index]), twin.y[index])
+                losses += [loss.item()] * len(index)
+                proximal = sum(((p - a) ** 2).sum() for p, a in zip(plain.parameters(), anchor, strict=True))
+                (loss + plan.proximal_mu / 2 * proximal).backward()
+                optimizer.step()
+        torch.testing.assert_close(result.update, start_of(plain) - start, rtol=0, atol=1e-9)
+        assert result.loss == pytest.approx(np.mean(losses), abs=1e-9)
+
+
+@pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
+def test_frozen_parameters_neither_move_nor_travel(trainer):
+    model = network("cnn", True, torch.float32)
+    for parameter in model[0].parameters():
+        parameter.requires_grad_(False)
+    frozen = model[0].weight.clone()
+    start = start_of(model)
+    (result, *_) = trainer(model).train(start, federation(SHAPES["cnn"], torch.float32), PLANS["sgd"])
+    assert result.update.shape == start.shape
+    assert result.update.abs().sum() > 0
+    assert torch.equal(model[0].weight, frozen)
+
+
+@pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
+def test_one_clients_nan_does_not_reach_the_others(trainer):
+    model = network("mlp", False, torch.float32)
+    clients = federation(SHAPES["mlp"], torch.float32)
+    clean = [
+        r.update
+        for r in trainer(copy.deepcopy(model)).train(start_of(model), federation(SHAPES["mlp"], torch.float32), PLANS["sgd"])
+    ]
+    clients[3].x.fill_(float("nan"))
+    spoiled = [r.update for r in trainer(model).train(start_of(model), clients, PLANS["sgd"])]
+    assert torch.isnan(spoiled[3]).any()
+    for i in (0, 1, 2, 4):
+        assert torch.equal(clean[i], spoiled[i])
+
+
+def test_dropout_is_a_function_of_the_clients_generator():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.Dropout(0.5), nn.Linear(16, 4))
+    start = start_of(model)
+    runs = []
+    for noise in (1, 2):
+        torch.manual_seed(noise)  # whatever happened before in this process
+        runs.append(
+            [r.update for r in LoopTrainer(copy.deepcopy(model)).train(start, federation((1, 8, 8), torch.float32), PLANS["sgd"])]
+        )
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_engine_is_chosen_by_rule():
+    dropout = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    assert choose_engine(EngineConfig(device="cpu"), nn.Linear(2, 2)).name == "loop"
+    assert choose_engine(EngineConfig(device="cpu"), nn.Linear(2, 2)) == choose_engine(EngineConfig("loop", "cpu"), nn.Linear(2, 2))
+    assert choose_engine(EngineConfig("vmap", "cpu"), nn.Linear(2, 2)).reason == "named in the scenario"
+    with pytest.raises(Refused, match="layer 1 draws random numbers"):
+        choose_engine(EngineConfig("vmap", "cpu"), dropout)
+    if not torch.cuda.is_available():
+        with pytest.raises(Refused, match="no CUDA device"):
+            choose_engine(EngineConfig(device="cuda"), dropout)

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from fedcore.coordinator.run import SimulatedRun
+from fedcore.coordinator.run import FederatedRun, SimulatedRun
 
 __all__ = ["follow", "human_bytes", "human_seconds"]
 
@@ -37,12 +37,12 @@ def human_seconds(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
-def follow(run: SimulatedRun, console: Console, *, as_json: bool) -> None:
+def follow(run: FederatedRun, console: Console, *, as_json: bool) -> None:
     """Run the rounds that are left and show them as they come."""
     if as_json:
         for metrics in run.rounds():
             print(json.dumps({"event": "round", **metrics}), flush=True)
-    elif console.is_terminal:
+    elif console.is_terminal and isinstance(run, SimulatedRun):
         _follow_live(run, console)
     else:
         console.print(_headline(run), highlight=False, soft_wrap=True)
@@ -54,7 +54,7 @@ def follow(run: SimulatedRun, console: Console, *, as_json: bool) -> None:
 class _Watch:
     """Estimates the time left from the rounds finished since the start."""
 
-    def __init__(self, run: SimulatedRun) -> None:
+    def __init__(self, run: FederatedRun) -> None:
         self.total, self.done = run.config.run.rounds, run.first_round - 1
         self._first, self._started = self.done, time.monotonic()
 
@@ -64,14 +64,13 @@ class _Watch:
         return human_seconds(pace * (self.total - finished))
 
 
-def _headline(run: SimulatedRun) -> str:
+def _headline(run: FederatedRun) -> str:
     config, engine = run.config, run.assembly.engine
     cohort = config.cohort.size or len(run.grid.nodes)
-    workers = f"{run.workers} worker{'s' if run.workers > 1 else ''}"
     start = f", continuing after round {run.first_round - 1}" if run.first_round > 1 else ""
     return (
         f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, cohort {cohort}, "
-        f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {workers}){start}"
+        f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {run.grid.place}){start}"
     )
 
 

@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 for _name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
     os.environ.setdefault(_name, "1")
@@ -20,23 +20,28 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import numpy as np  # noqa: E402 - flwr reads its environment when imported
 import numpy.typing as npt  # noqa: E402
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict  # noqa: E402
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # noqa: E402
+from flwr.serverapp import Grid  # noqa: E402
 from flwr.serverapp.strategy import Strategy  # noqa: E402
+from flwr.supercore.run import Run  # noqa: E402
 from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
-from fedcore.errors import Refused  # noqa: E402
+from fedcore.errors import Refused, RoundFailed  # noqa: E402
 from fedcore.models import ParameterLayout  # noqa: E402
 
 __all__ = [
-    "Facts", "assume_identity", "decode_state", "encode_state", "facts_of", "from_record", "reply_content", "seed_strategies",
-    "to_record",
+    "METRICS", "Answer", "ClientGrid", "Facts", "answer_all", "assume_identity", "decode_state", "encode_state", "facts_of",
+    "from_record", "kind_of", "only_record", "seed_strategies", "to_record",
 ]  # fmt: skip
 
 # Flower logs every round at INFO; what matters of it is in our metrics and errors.
 logging.getLogger("flwr").setLevel(logging.ERROR)
 
 Floats = npt.NDArray[np.float32]
+Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 _FACTS = "fedcore-facts"
+METRICS = {MessageType.TRAIN: ("num-examples", "train_loss"), MessageType.EVALUATE: ("num-examples", "accuracy", "loss")}
+"""What a client reports to the strategy, by the type of the message that it answers; the strategy weights by the first."""
 
 
 def assume_identity() -> None:
@@ -53,8 +58,8 @@ def seed_strategies(seed: int, round_number: int) -> None:
     np.random.seed(word)
 
 
-def to_record(layout: ParameterLayout, flat: Floats) -> ArrayRecord:
-    """The flat parameters [d] as an ArrayRecord by name."""
+def to_record(layout: ParameterLayout, flat: npt.NDArray[np.floating[Any]]) -> ArrayRecord:
+    """The flat parameters [d] as an ArrayRecord by name, of their own dtype."""
     return ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in layout.split(flat).items()})
 
 
@@ -65,6 +70,30 @@ def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
         Refused: names or shapes are not the model's.
     """
     return layout.join({name: array.numpy() for name, array in record.items()})
+
+
+def only_record(message: Message, kind: type[Record]) -> Record:
+    """The one record of its kind in a message of the strategy.
+
+    Raises:
+        Refused: there are none or several.
+    """
+    found = [record for record in message.content.values() if isinstance(record, kind)]
+    if len(found) != 1:
+        raise Refused(f"the strategy's message must hold exactly one {kind.__name__}, it holds {len(found)}")
+    return found[0]
+
+
+def kind_of(message: Message) -> str:
+    """What the strategy asks of a client, a key of `METRICS`.
+
+    Raises:
+        Refused: neither to train nor to evaluate.
+    """
+    kind = message.metadata.message_type
+    if kind not in METRICS:
+        raise Refused(f"clients train and evaluate; the strategy sent a message of type {kind!r}")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -93,12 +122,37 @@ class Facts:
         )
 
 
-def reply_content(arrays: ArrayRecord | None, metrics: Mapping[str, float], facts: Facts) -> RecordDict:
-    """A reply as Flower's strategies want it: at most one ArrayRecord, exactly one MetricRecord; and our facts."""
-    content = RecordDict({"metrics": MetricRecord(dict(metrics)), _FACTS: ConfigRecord({"json": json.dumps(asdict(facts))})})
-    if arrays is not None:
-        content["arrays"] = arrays
-    return content
+@dataclass(frozen=True)
+class Answer:
+    """A usable reply to ``message``: arrays where it trained, `METRICS`, and what the grid observed."""
+
+    message: Message
+    arrays: ArrayRecord | None
+    metrics: Mapping[str, float]
+    facts: Facts
+
+
+def answer_all(answers: Sequence[Answer], cohort: Facts) -> list[Message]:
+    """The replies as Flower's strategies want them: at most one ArrayRecord, exactly one MetricRecord; and our facts.
+
+    The facts of the ``cohort`` as a whole, such as who was dropped, ride with the first reply.
+
+    Raises:
+        RoundFailed: there is no answer.
+    """
+    if not answers:
+        client, reason = cohort.dropped[0]
+        raise RoundFailed(f"all {len(cohort.dropped)} clients of the round failed; client {client}: {reason}")
+    replies = []
+    for i, answer in enumerate(answers):
+        facts = Facts.merge([answer.facts, *([] if i else [cohort])])
+        content = RecordDict(
+            {"metrics": MetricRecord(dict(answer.metrics)), _FACTS: ConfigRecord({"json": json.dumps(asdict(facts))})}
+        )
+        if answer.arrays is not None:
+            content["arrays"] = answer.arrays
+        replies.append(Message(content, reply_to=answer.message))
+    return replies
 
 
 def facts_of(reply: Message) -> Facts:
@@ -121,6 +175,34 @@ def facts_of(reply: Message) -> Facts:
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"node {reply.metadata.src_node_id} sent facts that cannot be read") from error
+
+
+class ClientGrid(Grid):
+    """A Grid with the calls that Flower's own strategies make: ``get_node_ids`` and ``send_and_receive``; it refuses the others."""
+
+    def set_run(self, run: Run) -> None:
+        """Our grids are told nothing of Flower's runs."""
+
+    @property
+    def run(self) -> Run:
+        """Not available."""
+        return _send_and_receive_only()
+
+    def create_message(self, *_: object, **__: object) -> Message:
+        """Not available: build a Message itself."""
+        return _send_and_receive_only()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:  # noqa: ARG002 - the name is Flower's
+        """Not available: what comes back must be screened."""
+        return _send_and_receive_only()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:  # noqa: ARG002 - the name is Flower's
+        """Not available: what comes back must be screened."""
+        return _send_and_receive_only()
+
+
+def _send_and_receive_only() -> NoReturn:
+    raise Refused("a grid of clients offers get_node_ids and send_and_receive only; the strategy uses another call of Grid")
 
 
 def encode_state(strategy: Strategy) -> tuple[str, dict[str, npt.NDArray[Any]]]:

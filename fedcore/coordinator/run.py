@@ -1,14 +1,14 @@
-"""A simulated run and the directory it leaves."""
+"""A run over some grid, and the directory it leaves; simulated on this machine, or wherever the grid's clients live."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ import torch
 from fedcore import __version__
 from fedcore.config import RunConfig, load_config
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
-from fedcore.coordinator.rounds import Coordinator, Metrics
+from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.errors import FedcoreError, Refused
 from fedcore.grids.cohort import CohortGrid
@@ -25,31 +25,38 @@ from fedcore.quantization.layers import set_activation_ranges
 from fedcore.state.sqlite import RunStore
 from fedcore.training.evaluation import load_flat
 
-__all__ = ["SimulatedRun", "next_directory"]
+__all__ = ["FederatedRun", "RunGrid", "SimulatedRun", "next_directory"]
 
 # What may differ between a run and its continuation: nothing that a committed round depended on.
 _MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout"}}
 
 
-class SimulatedRun:
-    """A scenario on this machine's cores, in ``directory``; use as a context manager.
+class RunGrid(DrawnGrid, Protocol):
+    """The grid of a run: ``mean`` says what it hands the strategy, ``place`` where its clients live, for the user."""
+
+    mean: bool
+    place: str
+
+    def close(self) -> None:
+        """Let go of the clients."""
+        ...
+
+
+class FederatedRun:
+    """A scenario in ``directory``, over the grid that ``connect`` gives for it; use as a context manager.
 
     Raises:
         Refused: the scenario is wrong, or the directory holds a run already (without ``resume``) or another scenario's run.
         TryAgain: another process is running it.
     """
 
-    def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
+    def __init__(self, config: RunConfig, directory: Path, connect: Callable[[Assembly], RunGrid], *, resume: bool) -> None:
         torch.set_num_threads(1)  # results must not depend on the number of cores; workers use the others
         config = _continued(config, directory) if resume else _begun(config, directory)
         self.directory = directory
         self.assembly = assemble(config)
         self.config = self.assembly.config
-        self.mean = accepts_mean(self.assembly.strategy)
-        single = self.assembly.engine.device != "cpu"
-        self.workers = 1 if single else self.config.engine.workers or available_workers()
-        clients = build_clients(self.assembly)
-        self.grid = CohortGrid(clients, self.assembly.layout, mean=self.mean, workers=self.workers)
+        self.grid = connect(self.assembly)
         try:
             directory.mkdir(parents=True, exist_ok=True)
             self._store = RunStore(directory)
@@ -63,7 +70,7 @@ class SimulatedRun:
             self.grid.close()
             raise
 
-    def __enter__(self) -> SimulatedRun:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -105,7 +112,7 @@ class SimulatedRun:
             "dropped": sum(len(entry["dropped"]) for entry in self._history),
             "engine": self.assembly.engine.name,
             "engine_reason": self.assembly.engine.reason,
-            "strategy_replies": "one mean reply" if self.mean else "one reply per client",
+            "strategy_replies": "one mean reply" if self.grid.mean else "one reply per client",
             "parameters": sum(parameter.numel() for parameter in self.assembly.model.parameters()),
             "trainable_parameters": self.assembly.layout.size,
             "model_bytes": model_bytes,
@@ -150,6 +157,21 @@ class SimulatedRun:
             "int8_accuracy": float((predicted == dataset.test.y).mean()) if self.config.quantization.enabled else None,
             "operators": integer_operators(onnx_file),
         }
+
+
+class SimulatedRun(FederatedRun):
+    """A scenario on this machine's cores."""
+
+    grid: CohortGrid
+
+    def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
+        super().__init__(config, directory, _cohort, resume=resume)
+
+
+def _cohort(assembly: Assembly) -> CohortGrid:
+    single = assembly.engine.device != "cpu"
+    workers = 1 if single else assembly.config.engine.workers or available_workers()
+    return CohortGrid(build_clients(assembly), assembly.layout, mean=accepts_mean(assembly.strategy), workers=workers)
 
 
 def next_directory(root: Path, name: str) -> Path:

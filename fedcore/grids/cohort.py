@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NoReturn, TypeVar
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
-from flwr.serverapp import Grid
-from flwr.supercore.run import Run
 
-from fedcore.errors import Refused, RoundFailed
-from fedcore.flower import Facts, assume_identity, from_record, reply_content, to_record
+from fedcore.errors import Refused
+from fedcore.flower import METRICS, Answer, ClientGrid, Facts, answer_all, assume_identity, from_record, kind_of, only_record, to_record
 from fedcore.grids.pool import Doubles, WorkerPool
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
@@ -23,7 +22,6 @@ from fedcore.training.client import SCORE_BYTES, Clients, RoundTask
 __all__ = ["CohortGrid"]
 
 _UNITS = 32  # work units of a round: a constant, so that the order of summation does not depend on the number of workers
-Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 
 
 @dataclass(frozen=True)
@@ -51,20 +49,23 @@ class _Sum:
         return cls(facts, sum(p.examples for p in parts), sum(p.loss for p in parts), sum(p.correct for p in parts))
 
 
-class CohortGrid(Grid):
+class CohortGrid(ClientGrid):
     """Simulated clients behind Flower's Grid interface; node ids are client ids.
 
     Hands the strategy one reply that is the example-weighted mean (``mean``), with memory that does not grow with the cohort;
     else one reply per client. A strategy hands in the fp32 master and gets back master + (local - received), where
     received = Q(master) is what a device would have decoded. ``nodes`` are the clients drawn for a round, ``clients_done``
-    counts those whose work is finished.
+    counts those whose work is finished, ``place`` says for the user where. ``dtype`` is that of the arrays in a reply.
     """
 
-    def __init__(self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int) -> None:
+    def __init__(
+        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, dtype: type[np.floating[Any]] = np.float32
+    ) -> None:
         assume_identity()
         self.nodes: Sequence[int] = range(len(clients.data.clients))
         self.clients_done = 0
-        self._mean, self._layout, self._clients = mean, layout, clients
+        self.mean, self._layout, self._clients, self._dtype = mean, layout, clients, dtype
+        self.place = f"{workers} worker{'s' if workers > 1 else ''}"
         self._pool = WorkerPool(workers, self._work, layout.size, layout.size)
 
     def close(self) -> None:
@@ -86,46 +87,36 @@ class CohortGrid(Grid):
         groups: dict[int, list[Message]] = {}
         for message in messages:
             groups.setdefault(id(message.content), []).append(message)
-        if self._mean and len(groups) > 1:
+        if self.mean and len(groups) > 1:
             raise Refused("this strategy sends clients different content, so it needs one reply per client, not their mean")
         return [reply for group in groups.values() for reply in self._answer(sorted(group, key=_node), timeout)]
 
     def _answer(self, messages: Sequence[Message], timeout: float | None) -> list[Message]:
-        kind = messages[0].metadata.message_type
-        if kind not in (MessageType.TRAIN, MessageType.EVALUATE):
-            raise Refused(f"simulated clients train and evaluate; the strategy sent a message of type {kind!r}")
-        master = from_record(self._layout, _only(messages[0], ArrayRecord))
-        task = RoundTask.from_table(_only(messages[0], ConfigRecord))
+        kind = kind_of(messages[0])
+        master = from_record(self._layout, only_record(messages[0], ArrayRecord))
+        task = RoundTask.from_table(only_record(messages[0], ConfigRecord))
         blob = encode_model(self._layout.wire_tensors(master), task.ranges)
         self._pool.shared[:] = self._layout.join(decode_model(blob).tensors)
 
         clients = [_node(message) for message in messages]
-        units = _units(clients) if self._mean else [(client,) for client in clients]
-        replies: list[tuple[Message, ArrayRecord | None, _Sum]] = []
+        units = _units(clients) if self.mean else [(client,) for client in clients]
+        answers: list[Answer] = []
         dropped: list[Facts] = []
         for message, total, vector in self._sums(messages, [_Job(kind, unit, task) for unit in units], timeout):
             if not total.examples:
                 dropped.append(total.facts)
                 continue
-            local = to_record(self._layout, (master + vector / total.examples).astype(np.float32))
-            replies.append((message, local if kind == MessageType.TRAIN else None, total))
-        if not replies:
-            raise _all_failed(Facts.merge(dropped))
-        # What concerns the cohort as a whole rides with the first reply.
-        cohort = Facts.merge([Facts(bytes_down=len(blob) * len(messages)), *dropped])
-        return [
-            Message(
-                reply_content(arrays, _metrics(kind, total), Facts.merge([total.facts, *([] if i else [cohort])])), reply_to=message
-            )
-            for i, (message, arrays, total) in enumerate(replies)
-        ]
+            local: npt.NDArray[np.floating[Any]] = (master + vector / total.examples).astype(self._dtype)
+            arrays = to_record(self._layout, local) if kind == MessageType.TRAIN else None
+            answers.append(Answer(message, arrays, _metrics(kind, total), total.facts))
+        return answer_all(answers, Facts.merge([Facts(bytes_down=len(blob) * len(messages)), *dropped]))
 
     def _sums(
         self, messages: Sequence[Message], jobs: Sequence[_Job], timeout: float | None
     ) -> Iterator[tuple[Message, _Sum, Doubles]]:
         """Per reply the message it answers, its sums and its vector: one in all for a mean, else one per job."""
         results = self._pool.map(jobs, timeout)
-        if not self._mean:
+        if not self.mean:
             for message, (part, vector) in zip(messages, results, strict=True):
                 self.clients_done += 1
                 yield message, part, vector
@@ -161,42 +152,9 @@ class CohortGrid(Grid):
             good.append(reply.client)
         return _Sum(Facts(tuple(good), tuple(dropped), up), examples, loss)
 
-    # What Flower's own strategies never call.
-
-    def set_run(self, run: Run) -> None:
-        """A simulated cohort belongs to no Flower run."""
-
-    @property
-    def run(self) -> Run:
-        """Not available: a simulated cohort belongs to no Flower run."""
-        return _send_and_receive_only()
-
-    def create_message(self, *_: object, **__: object) -> Message:
-        """Not available: build a Message itself."""
-        return _send_and_receive_only()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:  # noqa: ARG002 - the name is Flower's
-        """Not available: simulated clients answer at once."""
-        return _send_and_receive_only()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:  # noqa: ARG002 - the name is Flower's
-        """Not available: simulated clients answer at once."""
-        return _send_and_receive_only()
-
-
-def _send_and_receive_only() -> NoReturn:
-    raise Refused("a simulated cohort offers get_node_ids and send_and_receive only; the strategy uses another call of Grid")
-
 
 def _node(message: Message) -> int:
     return message.metadata.dst_node_id
-
-
-def _only(message: Message, kind: type[Record]) -> Record:
-    found = [record for record in message.content.values() if isinstance(record, kind)]
-    if len(found) != 1:
-        raise Refused(f"the strategy's message must hold exactly one {kind.__name__}, it holds {len(found)}")
-    return found[0]
 
 
 def _units(clients: Sequence[int]) -> list[tuple[int, ...]]:
@@ -206,12 +164,5 @@ def _units(clients: Sequence[int]) -> list[tuple[int, ...]]:
 
 
 def _metrics(kind: str, total: _Sum) -> dict[str, float]:
-    mean_loss = total.loss / total.examples
-    if kind == MessageType.TRAIN:
-        return {"num-examples": total.examples, "train_loss": mean_loss}
-    return {"num-examples": total.examples, "accuracy": total.correct / total.examples, "loss": mean_loss}
-
-
-def _all_failed(facts: Facts) -> RoundFailed:
-    client, reason = facts.dropped[0]
-    return RoundFailed(f"all {len(facts.dropped)} clients of the round failed; client {client}: {reason}")
+    sums = [total.loss] if kind == MessageType.TRAIN else [total.correct, total.loss]
+    return dict(zip(METRICS[kind], [total.examples, *(value / total.examples for value in sums)], strict=True))

@@ -4,8 +4,15 @@ import torch
 from torch import nn
 
 from fedcore.quantization.layers import (
-    FakeQuantize, QuantConv2d, QuantLinear, activation_ranges, calibrate, fake_quantize_weight, float_arithmetic,
-    make_quantization_aware, set_activation_ranges,
+    FakeQuantize,
+    QuantConv2d,
+    QuantLinear,
+    activation_ranges,
+    calibrate,
+    fake_quantize_weight,
+    float_arithmetic,
+    make_quantization_aware,
+    set_activation_ranges,
 )  # fmt: skip
 from fedcore.quantization.wire import ActivationRange, ModelTensor, decode_model, encode_model
 
@@ -58,7 +65,7 @@ def test_conversion_keeps_parameters_and_names():
     converted = make_quantization_aware(model)
     assert isinstance(converted[0], QuantConv2d)
     assert isinstance(converted[3], QuantLinear)
-    assert {name: True for name in before} == {name: torch.equal(before[name], p) for name, p in converted.named_parameters()}
+    assert dict.fromkeys(before, True) == {name: torch.equal(before[name], p) for name, p in converted.named_parameters()}
 
 
 def test_calibration_spans_what_it_saw_and_freezes_it():

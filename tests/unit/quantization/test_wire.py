@@ -9,7 +9,15 @@ from hypothesis.extra import numpy as hnp
 
 from fedcore.errors import Refused
 from fedcore.quantization.wire import (
-    BLOCK, ActivationRange, ModelTensor, Update, decode_model, decode_update, encode_model, encode_update, quantize_rows,
+    BLOCK,
+    ActivationRange,
+    ModelTensor,
+    Update,
+    decode_model,
+    decode_update,
+    encode_model,
+    encode_update,
+    quantize_rows,
     update_length,
 )  # fmt: skip
 
@@ -108,9 +116,9 @@ def test_noise_is_refused_without_another_error(noise):
 
 
 def test_values_that_cannot_be_encoded_name_their_tensor():
-    with pytest.raises(Refused, match="parameter layer.bias holds values beyond the range of fp16"):
+    with pytest.raises(Refused, match=r"parameter layer\.bias holds values beyond the range of fp16"):
         encode_model([ModelTensor("layer.bias", np.array([1e5], np.float32), "fp16")])
-    with pytest.raises(Refused, match="parameter layer.bias holds values that are not finite"):
+    with pytest.raises(Refused, match=r"parameter layer\.bias holds values that are not finite"):
         encode_model([ModelTensor("layer.bias", np.array([np.nan], np.float32), "fp32")])
 
 

@@ -35,10 +35,11 @@ def network(name: str, quantized: bool, dtype: torch.dtype) -> nn.Module:
 
 def federation(shape: tuple[int, ...], dtype: torch.dtype) -> list[ClientData]:
     rng = np.random.default_rng(5)
-    return [
-        ClientData(i, torch.tensor(rng.standard_normal((n, *shape)), dtype=dtype), torch.tensor(rng.integers(0, 4, n)), client_rng(1, 1, i, 1))
-        for i, n in enumerate(SIZES)
-    ]  # fmt: skip
+    clients = []
+    for client, size in enumerate(SIZES):
+        x = torch.tensor(rng.standard_normal((size, *shape)), dtype=dtype)
+        clients.append(ClientData(client, x, torch.tensor(rng.integers(0, 4, size)), client_rng(1, 1, client, 1)))
+    return clients
 
 
 def start_of(model: nn.Module) -> torch.Tensor:

@@ -1,0 +1,32 @@
+"""Small federations that many tests share."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedcore.config import RunConfig, load_config
+
+SCENARIO = """
+[run]
+rounds = 3
+[data]
+clients = 6
+calibration = 64
+holdout = 0.2
+[model]
+name = "mlp"
+params = { hidden = [8] }
+[quantization]
+calibrate_round = 2
+[engine]
+workers = 1
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path: Path) -> Callable[..., RunConfig]:
+    """A small federation on the digits; arguments are ``section.key=value``."""
+    path = tmp_path / "small.toml"
+    path.write_text(SCENARIO)
+    return lambda *settings: load_config(path, settings)

@@ -1,0 +1,338 @@
+"""The command as a user runs it: real processes, real files."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedcore.quantization.wire import decode_model
+
+COMMAND = [sys.executable, "-c", "from fedcore.cli import main; main()"]
+SCENARIO = """
+[run]
+rounds = 6
+[data]
+clients = 12
+holdout = 0.2
+[model]
+name = "mlp"
+params = { hidden = [16] }
+[quantization]
+calibrate_round = 2
+[training]
+epochs = 2
+[cohort]
+size = 8
+[evaluation]
+federated_every = 2
+"""
+
+
+@pytest.fixture
+def scenario(tmp_path) -> Path:
+    path = tmp_path / "small.toml"
+    path.write_text(SCENARIO)
+    return path
+
+
+def fedcore(*arguments: object, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, **options)
+
+
+def settings(*values: str) -> list[str]:
+    return [part for value in values for part in ("--set", value)]
+
+
+def simulate(scenario: Path, out: Path, *values: str, **options) -> subprocess.CompletedProcess:
+    done = fedcore("simulate", scenario, "--out", out, *settings(*values), **options)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(out: Path) -> list[dict]:
+    return [{key: value for key, value in entry.items() if key != "timing"} for entry in metrics(out)]
+
+
+def last_checkpoint(out: Path) -> bytes:
+    return max((out / "checkpoints").glob("*.safetensors")).read_bytes()
+
+
+def test_a_run_leaves_what_it_promises(scenario, tmp_path):
+    out = tmp_path / "run"
+    done = simulate(scenario, out)
+    assert "round 6/6" in done.stdout
+    assert "\x1b" not in done.stdout
+    result = json.loads((out / "result.json").read_text())
+    rounds = metrics(out)
+    assert [entry["round"] for entry in rounds] == [1, 2, 3, 4, 5, 6]
+    assert [entry["quantized"] for entry in rounds] == [False, True, True, True, True, True]
+    assert result["rounds"] == 6
+    assert result["accuracy"] == rounds[-1]["accuracy"]
+    assert result["bytes_up"] == sum(entry["bytes_up"] for entry in rounds)
+    assert 0 < result["int8_accuracy"] <= 1
+    assert result["clients_per_second"] > 0
+    assert result["operators"]["QGemm"] == 2
+    assert set(rounds[1]["federated"]["percentiles"]) == {"5", "25", "50", "75", "95"}
+    assert "federated" not in rounds[0]
+    clients = json.loads((out / "clients.json").read_text())
+    assert len(clients["accuracy"]) == 12
+    model = decode_model((out / "model" / "model.fcm").read_bytes())
+    assert model.metadata["round"] == "6"
+    assert set(model.ranges) == {"1.input", "3.input"}
+    assert (out / "model" / "model.onnx").stat().st_size == result["model_bytes"]["onnx"]
+    assert "<html" in (out / "report.html").read_text()
+    listed = json.loads(fedcore("runs", tmp_path, "--json").stdout)
+    assert (listed["state"], listed["rounds"], listed["int8_accuracy"]) == ("finished", 6, result["int8_accuracy"])
+
+
+def test_two_runs_are_the_same_with_one_and_two_workers(scenario, tmp_path):
+    for workers in (1, 2):
+        simulate(scenario, tmp_path / str(workers), f"engine.workers={workers}", "wire.update=int8")
+    assert untimed(tmp_path / "1") == untimed(tmp_path / "2")
+    assert last_checkpoint(tmp_path / "1") == last_checkpoint(tmp_path / "2")
+    comparison = fedcore("compare", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "page.html")
+    assert comparison.returncode == 0, comparison.stderr
+    assert "engine.workers: 1 | 2" in comparison.stdout
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedadam"])
+def test_kill_at_random_moments_then_resume_gives_the_same_bits(scenario, tmp_path, strategy):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    values = [f"strategy.name={strategy}", "run.rounds=30", "training.epochs=3"]
+    simulate(scenario, whole, *values)
+    draw = random.Random(strategy)
+    kills = 0
+    for goal in (1, 9, 17):
+        resume = ["--resume"] if (torn / "config.toml").exists() else []
+        process = subprocess.Popen(
+            [*COMMAND, "simulate", scenario, "--out", torn, *resume, *settings(*values)], stdout=subprocess.DEVNULL
+        )
+        wait_for_rounds(torn, goal, process)
+        time.sleep(draw.uniform(0, 0.4))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 2
+    done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings(*values))
+    assert done.returncode == 0, done.stderr
+    assert last_checkpoint(torn) == last_checkpoint(whole)
+    assert (torn / "model" / "model.fcm").read_bytes() == (whole / "model" / "model.fcm").read_bytes()
+    assert untimed(torn) == untimed(whole)
+
+
+def test_an_interrupt_leaves_a_run_that_can_be_continued(scenario, tmp_path):
+    out = tmp_path / "run"
+    values = settings("run.rounds=400")
+    process = subprocess.Popen([*COMMAND, "simulate", scenario, "--out", out, *values], stderr=subprocess.PIPE, text=True)
+    wait_for_rounds(out, 2, process)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"continue with: fedcore simulate {scenario} --out {out} --resume --set run.rounds=400" in errors
+    assert "Traceback" not in errors
+    assert not (out / "result.json").exists()
+    done = _lines(out)
+    assert fedcore("report", out).returncode == 0
+    again = fedcore("simulate", scenario, "--out", out, "--resume", *settings(f"run.rounds={done + 2}"))
+    assert again.returncode == 0, again.stderr
+    assert [entry["round"] for entry in metrics(out)] == list(range(1, done + 3))
+
+
+def test_commits_every_few_rounds_resume_to_the_same_bits(scenario, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    simulate(scenario, whole)
+    simulate(scenario, torn, "checkpoint.every=4", "run.rounds=5")
+    done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings("checkpoint.every=2"))
+    assert done.returncode == 0, done.stderr
+    assert last_checkpoint(torn) == last_checkpoint(whole)
+
+
+STRATEGY = """
+from flwr.serverapp.strategy import FedAvg
+
+class Explodes(FedAvg):
+    accepts_mean = True
+    def configure_train(self, server_round, arrays, config, grid):
+        if server_round == 3:
+            config["lr"] = 1e30
+        return super().configure_train(server_round, arrays, config, grid)
+"""
+
+
+def test_all_clients_failing_stops_the_run_with_the_last_good_model(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(STRATEGY)
+    out = tmp_path / "run"
+    done = fedcore("simulate", scenario, "--out", out, *settings("strategy.name=mine:Explodes"))
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: all 8 clients of the round failed; client")
+    assert _lines(out) == 2
+    assert (out / "checkpoints" / "round-000002.safetensors").exists()
+    assert (
+        "Traceback"
+        in fedcore("simulate", scenario, "--out", out, "--resume", "--debug", *settings("strategy.name=mine:Explodes")).stderr
+    )
+
+
+DATA = """
+import numpy as np
+from sklearn.datasets import load_digits
+
+def poisoned():
+    digits = load_digits()
+    x, y, owner = digits.images[:, None] / 16, digits.target, np.arange(len(digits.target)) % 5
+    x[owner == 3] *= 1e25
+    return x, y, owner
+"""
+
+
+def test_a_client_that_explodes_is_dropped_counted_and_named(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(DATA)
+    out = tmp_path / "run"
+    values = [
+        "data.dataset=mine:poisoned",
+        "data.partition=natural",
+        "data.clients=0",
+        "cohort.size=0",
+        "quantization.enabled=false",
+    ]
+    done = simulate(scenario, out, *values)
+    assert "dropped 1" in done.stdout
+    rounds = metrics(out)
+    assert all([entry["client"] for entry in found["dropped"]] == [3] for found in rounds)
+    assert all(found["replies"] == 4 for found in rounds)
+    assert json.loads((out / "result.json").read_text())["dropped"] == 6
+    page = (out / "report.html").read_text()
+    assert rounds[0]["dropped"][0]["reason"].split(":")[0] in page
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(scenario, tmp_path):
+    out = tmp_path / "run"
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
+
+    done = fedcore("simulate", scenario, "--out", out, preexec_fn=limit)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "cannot be written" in line
+    done = fedcore("simulate", scenario, "--out", out, *(["--resume"] if (out / "config.toml").exists() else []))
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        (["training.lrr=1"], ["unknown key training.lrr", "did you mean lr?"]),
+        (["model.name=lenet"], ["model.params.hidden: lenet has no such parameter; it takes: none"]),
+        (["data.clients=700"], ["data.clients"]),
+        (["strategy.name=nothing:Here"], ["nothing"]),
+        (["engine.device=cuda"], ["no CUDA device"]),
+        (["model.trainable=['head*']"], ["no parameter matches 'head*'"]),
+        (["data.dataset=fashion-mnist", "data.path=nowhere"], ["dataset-fashion-mnist"]),
+    ],
+)
+def test_a_users_mistake_is_one_line_and_exit_code_2(scenario, tmp_path, values, parts):
+    done = fedcore("simulate", scenario, "--out", tmp_path / "run", *settings(*values))
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_not_overwritten_nor_continued_as_another(scenario, tmp_path):
+    out = tmp_path / "run"
+    simulate(scenario, out, "run.rounds=2")
+    before = last_checkpoint(out)
+    again = fedcore("simulate", scenario, "--out", out)
+    assert (again.returncode, "--resume" in again.stderr) == (2, True)
+    other = fedcore("simulate", scenario, "--out", out, "--resume", *settings("training.lr=0.5"))
+    assert (other.returncode, "training.lr is 0.5" in other.stderr) == (2, True)
+    assert fedcore("simulate", scenario, "--resume").returncode == 2
+    assert fedcore("simulate", scenario, "--out", tmp_path / "none", "--resume").returncode == 2
+    assert last_checkpoint(out) == before
+
+
+def test_json_lines_for_scripts(scenario, tmp_path):
+    done = fedcore("simulate", scenario, "--out", tmp_path / "run", "--json", *settings("run.rounds=2"))
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events] == ["round", "round", "result"]
+    assert events[-1]["directory"] == str(tmp_path / "run")
+
+
+def test_frozen_parts_are_sent_once(scenario, tmp_path):
+    out = tmp_path / "run"
+    values = ["model.trainable=['3.*']", "evaluation.federated_every=0", "cohort.size=0", "quantization.calibrate_round=1"]
+    simulate(scenario, out, *values)
+    sent = [entry["bytes_down"] for entry in metrics(out)]
+    assert len(set(sent[1:])) == 1
+    frozen, rest = divmod(sent[0] - sent[1], 12)
+    assert rest == 0
+    body = 64 * 16 + 4 * 16 + 2 * 16  # int8 weights, their scales, fp16 biases
+    assert body < frozen < body + 300
+    head = 16 * 10 + 4 * 10 + 2 * 10
+    assert head < sent[1] / 12 < head + 500
+
+
+SYNTHETIC = """
+import numpy as np
+
+def many(clients):
+    rng = np.random.default_rng(0)
+    y = np.arange(2 * clients) % 10
+    x = rng.standard_normal((2 * clients, 8)).astype(np.float32)
+    test = rng.standard_normal((50, 8)).astype(np.float32)
+    return x, y, np.arange(2 * clients) // 2
+"""
+PEAK = """
+import resource, sys
+from pathlib import Path
+from fedcore.config import load_config
+from fedcore.coordinator.run import SimulatedRun
+with SimulatedRun(load_config(Path(sys.argv[1]), sys.argv[3:]), Path(sys.argv[2]), resume=False) as run:
+    list(run.rounds())
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024)
+"""
+
+
+def test_memory_does_not_grow_with_the_cohort(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(SYNTHETIC)
+    peaks = []
+    for clients in (100, 5000):
+        data = ["data.dataset=mine:many", f"data.params.clients={clients}", "data.partition=iid", f"data.clients={clients // 2}"]
+        small = ["data.holdout=0.0", "data.min_examples=1", "data.calibration=16", "evaluation.federated_every=0"]
+        values = [*data, *small, "cohort.size=0", "run.rounds=2", "model.params.hidden=[1000]"]
+        out = tmp_path / str(clients)
+        done = subprocess.run(
+            [sys.executable, "-c", PEAK, scenario, out, *values], capture_output=True, text=True, check=True, env=os.environ
+        )
+        peaks.append(np.array(done.stdout.split(), int))
+    # All updates of the larger cohort together would take 2500 x 19,010 x 4 bytes = 190 MB.
+    assert (peaks[1] - peaks[0] < 40).all(), peaks
+
+
+def wait_for_rounds(out: Path, goal: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while _lines(out) < goal and process.poll() is None:
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)
+
+
+def _lines(out: Path) -> int:
+    path = out / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0

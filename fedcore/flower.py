@@ -30,8 +30,8 @@ from fedcore.errors import Refused, RoundFailed  # noqa: E402
 from fedcore.models import ParameterLayout  # noqa: E402
 
 __all__ = [
-    "METRICS", "Answer", "ClientGrid", "Facts", "answer_all", "assume_identity", "decode_state", "encode_state", "facts_of",
-    "from_record", "kind_of", "only_record", "seed_strategies", "to_record",
+    "METRICS", "Answer", "ClientGrid", "Facts", "answer_all", "assume_identity", "check_one_content", "decode_state",
+    "encode_state", "facts_of", "from_record", "kind_of", "only_record", "seed_strategies", "to_record",
 ]  # fmt: skip
 
 # Flower logs every round at INFO; what matters of it is in our metrics and errors.
@@ -58,8 +58,8 @@ def seed_strategies(seed: int, round_number: int) -> None:
     np.random.seed(word)
 
 
-def to_record(layout: ParameterLayout, flat: npt.NDArray[np.floating[Any]]) -> ArrayRecord:
-    """The flat parameters [d] as an ArrayRecord by name, of their own dtype."""
+def to_record(layout: ParameterLayout, flat: Floats) -> ArrayRecord:
+    """The flat parameters [d] as an ArrayRecord by name."""
     return ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in layout.split(flat).items()})
 
 
@@ -94,6 +94,16 @@ def kind_of(message: Message) -> str:
     if kind not in METRICS:
         raise Refused(f"clients train and evaluate; the strategy sent a message of type {kind!r}")
     return kind
+
+
+def check_one_content(messages: Sequence[Message]) -> None:
+    """Refuse messages whose replies cannot be averaged before the strategy sees them.
+
+    Raises:
+        Refused: the strategy asks different things of different clients.
+    """
+    if len({id(message.content) for message in messages}) > 1:
+        raise Refused("this strategy sends clients different content, so it needs one reply per client, not their mean")
 
 
 @dataclass(frozen=True)
@@ -138,9 +148,9 @@ def answer_all(answers: Sequence[Answer], cohort: Facts) -> list[Message]:
     The facts of the ``cohort`` as a whole, such as who was dropped, ride with the first reply.
 
     Raises:
-        RoundFailed: there is no answer.
+        RoundFailed: all clients were dropped.
     """
-    if not answers:
+    if cohort.dropped and not answers:
         client, reason = cohort.dropped[0]
         raise RoundFailed(f"all {len(cohort.dropped)} clients of the round failed; client {client}: {reason}")
     replies = []

@@ -5,15 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
-from fedcore.errors import Refused
-from fedcore.flower import METRICS, Answer, ClientGrid, Facts, answer_all, assume_identity, from_record, kind_of, only_record, to_record
+from fedcore.flower import (
+    METRICS,
+    Answer,
+    ClientGrid,
+    Facts,
+    answer_all,
+    assume_identity,
+    check_one_content,
+    from_record,
+    kind_of,
+    only_record,
+    to_record,
+)
 from fedcore.grids.pool import Doubles, WorkerPool
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
@@ -55,16 +64,15 @@ class CohortGrid(ClientGrid):
     Hands the strategy one reply that is the example-weighted mean (``mean``), with memory that does not grow with the cohort;
     else one reply per client. A strategy hands in the fp32 master and gets back master + (local - received), where
     received = Q(master) is what a device would have decoded. ``nodes`` are the clients drawn for a round, ``clients_done``
-    counts those whose work is finished, ``place`` says for the user where. ``dtype`` is that of the arrays in a reply.
+    counts those whose work is finished, ``place`` says for the user where. With ``updates`` the arrays in a reply are
+    local - received alone.
     """
 
-    def __init__(
-        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, dtype: type[np.floating[Any]] = np.float32
-    ) -> None:
+    def __init__(self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False) -> None:
         assume_identity()
         self.nodes: Sequence[int] = range(len(clients.data.clients))
         self.clients_done = 0
-        self.mean, self._layout, self._clients, self._dtype = mean, layout, clients, dtype
+        self.mean, self._updates, self._layout, self._clients = mean, updates, layout, clients
         self.place = f"{workers} worker{'s' if workers > 1 else ''}"
         self._pool = WorkerPool(workers, self._work, layout.size, layout.size)
 
@@ -84,14 +92,17 @@ class CohortGrid(ClientGrid):
             Refused: messages that a mean cannot be taken over.
         """
         self.clients_done = 0
+        sent = list(messages)
+        if self.mean:
+            check_one_content(sent)
         groups: dict[int, list[Message]] = {}
-        for message in messages:
+        for message in sent:
             groups.setdefault(id(message.content), []).append(message)
-        if self.mean and len(groups) > 1:
-            raise Refused("this strategy sends clients different content, so it needs one reply per client, not their mean")
-        return [reply for group in groups.values() for reply in self._answer(sorted(group, key=_node), timeout)]
+        found = [self._answer(sorted(group, key=_node), timeout) for group in groups.values()]
+        return answer_all([answer for answers, _ in found for answer in answers], Facts.merge(facts for _, facts in found))
 
-    def _answer(self, messages: Sequence[Message], timeout: float | None) -> list[Message]:
+    def _answer(self, messages: Sequence[Message], timeout: float | None) -> tuple[list[Answer], Facts]:
+        """The usable answers to messages of one content, and what concerns them all."""
         kind = kind_of(messages[0])
         master = from_record(self._layout, only_record(messages[0], ArrayRecord))
         task = RoundTask.from_table(only_record(messages[0], ConfigRecord))
@@ -106,10 +117,10 @@ class CohortGrid(ClientGrid):
             if not total.examples:
                 dropped.append(total.facts)
                 continue
-            local: npt.NDArray[np.floating[Any]] = (master + vector / total.examples).astype(self._dtype)
-            arrays = to_record(self._layout, local) if kind == MessageType.TRAIN else None
-            answers.append(Answer(message, arrays, _metrics(kind, total), total.facts))
-        return answer_all(answers, Facts.merge([Facts(bytes_down=len(blob) * len(messages)), *dropped]))
+            update = vector / total.examples
+            local = to_record(self._layout, (update if self._updates else master + update).astype(np.float32))
+            answers.append(Answer(message, local if kind == MessageType.TRAIN else None, _metrics(kind, total), total.facts))
+        return answers, Facts.merge([Facts(bytes_down=len(blob) * len(messages)), *dropped])
 
     def _sums(
         self, messages: Sequence[Message], jobs: Sequence[_Job], timeout: float | None

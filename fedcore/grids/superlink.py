@@ -4,14 +4,29 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.errors import ClientFailure, Refused, RoundFailed
-from fedcore.flower import METRICS, Answer, ClientGrid, Facts, answer_all, assume_identity, facts_of, from_record, kind_of, only_record
+from fedcore.flower import (
+    METRICS,
+    Answer,
+    ClientGrid,
+    Facts,
+    answer_all,
+    assume_identity,
+    check_one_content,
+    facts_of,
+    from_record,
+    kind_of,
+    only_record,
+    to_record,
+)
 from fedcore.models import ParameterLayout
 from fedcore.training.client import RoundTask, why_unusable
 
@@ -27,25 +42,38 @@ def identity_content(partition: int) -> RecordDict:
     return RecordDict({_IDENTITY: MetricRecord({_IDENTITY: partition})})
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A client's usable reply to ``message``; ``update`` [d] where it trained."""
+
+    message: Message
+    metrics: Mapping[str, float]
+    facts: Facts
+    update: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    @property
+    def examples(self) -> int:
+        return int(self.metrics["num-examples"])
+
+
 class SuperLinkGrid(ClientGrid):
     """The clients 0 to ``clients`` - 1 behind ``grid``, Flower's own; ``nodes`` are those drawn for a round.
 
     Flower draws node ids at random, so every connected node is asked once for its partition id, which is the client's. A client
-    whose node has gone is served by the next node that has its partition id, as after a restart. The strategy gets one reply per
-    client, in the order of clients and screened: a node is believed in nothing that could harm more than its own reply.
+    whose node has gone is served by another that connects with its partition id, as after a restart. Nodes reply with updates;
+    the strategy gets master + update, as from a simulated cohort: the example-weighted mean (``mean``), or one reply per client.
+    Replies are screened: what a node sends can spoil no more than its own part.
 
     Raises:
         RoundFailed: a client has no node ``wait`` seconds after the construction.
         Refused: a node has a partition id that does not exist, or that of another connected node.
     """
 
-    mean = False
-
-    def __init__(self, grid: Grid, clients: int, layout: ParameterLayout, *, wait: float) -> None:
+    def __init__(self, grid: Grid, clients: int, layout: ParameterLayout, *, mean: bool, wait: float) -> None:
         assume_identity()
         self.nodes: Sequence[int] = range(clients)
         self.place = f"{clients} SuperNodes"
-        self._grid, self._layout = grid, layout
+        self.mean, self._grid, self._layout = mean, grid, layout
         self._claims: dict[int, int | str] = {}  # by node: its partition id, or why it gave none
         self._node_of: dict[int, int] = {}
         self._call_roll(range(clients), wait)
@@ -68,16 +96,20 @@ class SuperLinkGrid(ClientGrid):
             RoundFailed: no client gave a usable reply within ``timeout`` seconds.
         """
         sent = list(messages)
+        if self.mean:
+            check_one_content(sent)
         replies = {reply.metadata.reply_to_message_id: reply for reply in self._grid.send_and_receive(sent, timeout=timeout)}
         clients = {node: client for client, node in self._node_of.items()}
-        answers: list[Answer] = []
+        parts: list[_Part] = []
         dropped: list[tuple[int, str]] = []
-        for client, message in sorted(((clients[m.metadata.dst_node_id], m) for m in sent), key=lambda pair: pair[0]):
+        for message in sorted(sent, key=lambda one: clients[one.metadata.dst_node_id]):
+            client = clients[message.metadata.dst_node_id]
             try:
-                answers.append(self._answer(client, message, replies.get(message.metadata.message_id)))
+                parts.append(self._part(client, message, replies.get(message.metadata.message_id)))
             except ClientFailure as failure:
                 dropped.append((client, str(failure)))
-        return answer_all(answers, Facts(dropped=tuple(dropped)))
+        groups = [parts] if self.mean and parts else [[part] for part in parts]
+        return answer_all([self._together(group) for group in groups], Facts(dropped=tuple(dropped)))
 
     def _call_roll(self, clients: range, wait: float) -> None:
         """Find the node of every client."""
@@ -91,7 +123,8 @@ class SuperLinkGrid(ClientGrid):
                 claimants = list(self._claimants(client, connected))
                 if len(claimants) > 1:
                     raise Refused(f"nodes {claimants[0]} and {claimants[1]} both have partition-id {client}")
-                self._node_of.update({client: node for node in claimants})
+                if claimants:
+                    self._node_of[client] = claimants[0]
             missing = [client for client in clients if client not in self._node_of]
             if not missing:
                 return
@@ -111,9 +144,9 @@ class SuperLinkGrid(ClientGrid):
         while pending:
             for reply in self._grid.pull_messages(list(pending)):
                 self._claims[pending.pop(reply.metadata.reply_to_message_id)] = _identity(reply)
-            if time.monotonic() >= deadline:
+            if not pending or time.monotonic() >= deadline:
                 break
-            time.sleep(_POLL if pending else 0)
+            time.sleep(_POLL)
         return connected
 
     def _claimants(self, client: int, connected: set[int]) -> Iterator[int]:
@@ -124,22 +157,64 @@ class SuperLinkGrid(ClientGrid):
         which = ", ".join(map(str, missing[:10])) + (", ..." if len(missing) > 10 else "")
         return f"no SuperNode has partition-id {which} after {wait:.0f} s of waiting{'; ' if silent else ''}{'; '.join(silent)}"
 
-    def _answer(self, client: int, message: Message, reply: Message | None) -> Answer:
-        kind = kind_of(message)
+    def _part(self, client: int, message: Message, reply: Message | None) -> _Part:
+        """What a client's reply contributes.
+
+        Raises:
+            ClientFailure: there is none, or it cannot be used.
+        """
+        kind, task = kind_of(message), RoundTask.from_table(only_record(message, ConfigRecord))
         if reply is None:
             raise ClientFailure("no reply within cohort.timeout")
         if reply.has_error():
             raise ClientFailure(f"its node failed: {reply.error.reason}")
         try:
-            metrics = _metrics(reply, METRICS[kind])
-            told = facts_of(reply)
-            arrays = self._arrays(reply) if kind == MessageType.TRAIN else None
-            local = None if arrays is None else from_record(self._layout, arrays)
+            metrics, told = _metrics(reply, kind), facts_of(reply)
+            if kind == MessageType.EVALUATE:
+                seen = (client, float(metrics["accuracy"]), int(metrics["num-examples"]))
+                return _Part(message, metrics, Facts((client,), (), told.bytes_up, told.bytes_down, (seen,)))
+            (arrays,) = reply.content.array_records.values()
+            update = from_record(self._layout, arrays)
         except Exception as error:  # a client may send anything, and harms nobody else by it
-            raise ClientFailure(f"its reply cannot be used: {type(error).__name__}: {error}") from error
-        if local is not None:
-            reason = self._why_unusable(message, local, metrics["train_loss"])
-            if reason:
-                raise ClientFailure(reason)
-        seen = () if local is not None else ((client, metrics["accuracy"], int(metrics["num-examples"])),)
-        return Answer(message, arrays, metrics, Facts((client,), (), told.bytes_up, told.bytes_down, seen))
+            raise ClientFailure(f"its reply cannot be used: {error}") from error
+        reason = why_unusable(float(np.linalg.norm(update.astype(np.float64))), metrics["train_loss"], task.max_update_norm)
+        if reason:
+            raise ClientFailure(reason)
+        return _Part(message, metrics, Facts((client,), (), told.bytes_up, told.bytes_down), update)
+
+    def _together(self, parts: Sequence[_Part]) -> Answer:
+        """One answer for several clients: sums in float64 and in the order of clients give the bits of a simulation."""
+        message, examples = parts[0].message, sum(part.examples for part in parts)
+        kind, master = kind_of(message), from_record(self._layout, only_record(message, ArrayRecord))
+        metrics = {name: sum(part.examples * part.metrics[name] for part in parts) / examples for name in METRICS[kind]}
+        metrics["num-examples"] = examples
+        arrays = None
+        if kind == MessageType.TRAIN:
+            total = np.zeros(self._layout.size)
+            for part in parts:
+                total += part.examples * part.update.astype(np.float64)
+            arrays = to_record(self._layout, (master + total / examples).astype(np.float32))
+        return Answer(message, arrays, metrics, Facts.merge(part.facts for part in parts))
+
+
+def _identity(reply: Message) -> int | str:
+    """The partition id in an answer to a query, or why there is none."""
+    if reply.has_error():
+        return reply.error.reason or "failed without a reason"
+    record = reply.content.metric_records.get(_IDENTITY, MetricRecord())
+    partition = record.get(_IDENTITY)
+    return partition if isinstance(partition, int) else "answered without a partition-id"
+
+
+def _metrics(reply: Message, kind: str) -> dict[str, int | float]:
+    """The metrics that belong to a reply, and no others: Flower's strategies fail on replies with different ones."""
+    (record,) = reply.content.metric_records.values()
+    metrics = {}
+    for name in METRICS[kind]:
+        value = record[name]
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ClientFailure(f"{name} is not a finite number")
+        metrics[name] = value
+    if not isinstance(metrics["num-examples"], int) or metrics["num-examples"] < 1:
+        raise ClientFailure("num-examples is not a whole number above 0")
+    return metrics

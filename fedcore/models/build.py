@@ -8,7 +8,7 @@ import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,6 @@ from fedcore.references import resolve
 __all__ = ["ZOO", "ParameterLayout", "build_model", "check_model", "layout_of"]
 
 Floats = npt.NDArray[np.float32]
-Real = TypeVar("Real", bound=np.floating[Any])
 ZOO: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn, "lenet": lenet, "dscnn": dscnn, "imu_cnn": imu_cnn}
 
 
@@ -52,7 +51,7 @@ class ParameterLayout:
         """Values per parameter."""
         return tuple(int(np.prod(shape, dtype=np.int64)) for shape in self.shapes)
 
-    def split(self, flat: npt.NDArray[Real]) -> dict[str, npt.NDArray[Real]]:
+    def split(self, flat: Floats) -> dict[str, Floats]:
         """Views of ``flat`` [size] by parameter name."""
         ends = list(itertools.accumulate(self.counts))
         places = zip(self.names, self.shapes, [0, *ends], ends, strict=False)

@@ -23,11 +23,11 @@ from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.evaluation import Score, evaluate, load_flat
 from fedcore.training.plan import ClientData, LocalPlan, LocalResult, client_rng
 
-__all__ = ["SCORE_BYTES", "ClientReply", "Clients", "RoundTask", "why_unusable"]
+__all__ = ["DATA_ORDER", "SCORE_BYTES", "ClientReply", "Clients", "RoundTask", "why_unusable"]
 
 Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
-_DATA_ORDER, _ROUNDING = 1, 2  # purposes of a client's generators
+DATA_ORDER, _ROUNDING = 1, 2  # purposes of a client's generators
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Clients:
 
     def _examples(self, client: int, task: RoundTask) -> ClientData:
         examples = self.data.dataset.train.take(self.data.clients[client])
-        rng = client_rng(self.seed, task.round_number, client, _DATA_ORDER)
+        rng = client_rng(self.seed, task.round_number, client, DATA_ORDER)
         return ClientData(client, self._tensor(examples.x), self._tensor(examples.y), rng)
 
     def _reply(self, result: LocalResult, task: RoundTask) -> ClientReply:

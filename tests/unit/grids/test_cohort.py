@@ -173,6 +173,14 @@ def test_different_content_needs_single_replies(scenario):
     assert len(each.grid.send_and_receive(mixed)) == 3
 
 
+def test_with_different_content_one_bad_client_does_not_fail_the_others(scenario):
+    bench = Bench(scenario(), mean=False)
+    doomed = RoundTask(1, bench.task().plan, 1e-9)
+    replies = bench.grid.send_and_receive([*bench.messages(doomed, clients=[0]), *bench.messages(clients=[1, 2])])
+    assert [facts_of(reply).clients for reply in replies] == [(1,), (2,)]
+    assert [client for client, _ in facts_of(replies[0]).dropped] == [0]
+
+
 @pytest.mark.parametrize("change", [{"epochs": 0}, {"lr": float("nan")}, {"batch-size": 1.5}, {"momentum": -1}, {"lr": "0.1"}])
 def test_a_configuration_that_a_strategy_spoiled_is_refused(scenario, change):
     bench = Bench(scenario())

@@ -1,0 +1,1 @@
+"""fedcore as a Flower app: its ServerApp and ClientApp, for a SuperLink and SuperNodes."""

@@ -1,0 +1,37 @@
+"""The ServerApp: the coordinator that also runs simulations, over the SuperNodes of a SuperLink."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+from rich.console import Console
+
+from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.run import FederatedRun, next_directory
+from fedcore.coordinator.strategy import accepts_mean
+from fedcore.display import follow
+from fedcore.grids.superlink import SuperLinkGrid
+from fedcore_flower.scenario import load_scenario
+
+__all__ = ["app"]
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the scenario and leave the directory that ``fedcore simulate`` would."""
+    config, settings = load_scenario(context), context.run_config
+    out = str(settings["out"])
+    directory = Path(out) if out else next_directory(Path("runs"), config.run.name)
+
+    def connect(assembly: Assembly) -> SuperLinkGrid:
+        clients, mean = len(assembly.data.clients), accepts_mean(assembly.strategy)
+        return SuperLinkGrid(grid, clients, assembly.layout, mean=mean, wait=float(settings["wait"]))
+
+    with FederatedRun(config, directory, connect, resume=bool(settings["resume"])) as run:
+        follow(run, Console(width=200), as_json=False)
+        result = run.finish()
+    print(f"accuracy {result['accuracy']:.4f}, {directory.resolve() / 'report.html'}")

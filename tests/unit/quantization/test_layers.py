@@ -40,7 +40,7 @@ def test_what_was_received_does_not_change_in_the_first_forward_pass():
 def test_an_activation_is_rounded_as_runtimes_do():
     quantizer = FakeQuantize()
     span = ActivationRange.spanning(-0.7, 2.3)
-    quantizer.freeze(span)
+    quantizer.frozen = span
     x = torch.linspace(-2, 4, 10_001)
     inverse = np.float32(1) / np.float32(span.scale)
     integers = np.clip(np.rint(x.numpy() * inverse) + span.zero_point, -128, 127)
@@ -50,7 +50,7 @@ def test_an_activation_is_rounded_as_runtimes_do():
 
 def test_the_gradient_passes_straight_through_inside_the_range_only():
     quantizer = FakeQuantize()
-    quantizer.freeze(ActivationRange.spanning(0.0, 1.0))
+    quantizer.frozen = ActivationRange.spanning(0.0, 1.0)
     x = torch.tensor([-0.5, 0.2, 0.9, 1.5], requires_grad=True)
     quantizer(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([0.0, 1.0, 1.0, 0.0]))

@@ -71,7 +71,7 @@ class _RoundActivation(torch.autograd.Function):
 
 def fake_quantize_weight(weight: Tensor) -> Tensor:
     """``weight`` [out, ...] rounded to its int8 grid, one scale per output channel. The scale carries no gradient."""
-    return cast(Tensor, _RoundWeight.apply(weight))
+    return cast("Tensor", _RoundWeight.apply(weight))
 
 
 class FakeQuantize(nn.Module):
@@ -95,7 +95,7 @@ class FakeQuantize(nn.Module):
             return x
         scale, zero = self.frozen.scale, self.frozen.zero_point
         inverse = float(np.float32(1) / np.float32(scale))  # the runtimes multiply by the float32 reciprocal
-        return cast(Tensor, _RoundActivation.apply(x, scale, inverse, -128 - zero, 127 - zero))
+        return cast("Tensor", _RoundActivation.apply(x, scale, inverse, -128 - zero, 127 - zero))
 
 
 class QuantLinear(nn.Linear):

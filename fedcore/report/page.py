@@ -329,9 +329,9 @@ def _cost(run: Run) -> list[Card]:
             Card("Traffic per round", _bars(run, traffic, ["up", "down"], [_INT8, _FP32], "traffic", data_size), "", 2),
             Card("Traffic so far", line_chart(x, y, lines), "", 2),
         ]
-    times = _stack(run, ("train", "evaluate", "commit"), "timing")
+    times = _stack(run, ("train", "evaluate"), "timing")
     if times:
-        chart = _bars(run, times, ["train", "evaluate", "commit"], [_TRAINING, _CLIENTS, _FP32], "time", duration)
+        chart = _bars(run, times, ["train", "evaluate"], [_TRAINING, _CLIENTS], "time", duration)
         cards.append(Card("Time per round", chart, "", 2))
     return cards
 

@@ -197,13 +197,18 @@ def _errors(debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, Refused) else 1) from None
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            os._exit(0)  # the reader of our output has left, as in `fedcore runs | head`
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error.filename or 'output'}: {error.strerror}; what was committed is intact", file=sys.stderr)
+        raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("fedcore"):
             raise
         print(f"error: Python package {error.name} is not installed; fedcore doctor says how to get it", file=sys.stderr)
         raise typer.Exit(2) from None
-    except BrokenPipeError:
-        os._exit(0)  # the reader of our output has left, as in `fedcore runs | head`
 
 
 def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> None:

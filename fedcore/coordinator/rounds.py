@@ -7,6 +7,7 @@ the same bits as one that was not.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 
 from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort
-from fedcore.errors import FedcoreError, RoundFailed
+from fedcore.errors import FedcoreError, Refused, RoundFailed
 from fedcore.flower import Facts, decode_state, encode_state, facts_of, from_record, seed_strategies, to_record
 from fedcore.models import layout_of
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
@@ -114,7 +115,7 @@ class Coordinator:
         # 3. Evaluate on the coordinator's test part, and on the clients.
         new = dataclasses.replace(progress, round_number=number, master=master)
         last = number == config.run.rounds
-        central = self._evaluate(new) if last or (config.evaluation.every and number % config.evaluation.every == 0) else {}
+        central = self.evaluate(new) if last or (config.evaluation.every and number % config.evaluation.every == 0) else {}
         federated: Metrics = {}
         evaluated = Facts()
         if config.evaluation.federated_every and (last or number % config.evaluation.federated_every == 0):
@@ -137,7 +138,7 @@ class Coordinator:
             "timing": clock.laps
             | {"seconds": sum(clock.laps.values()), "clients_per_second": len(trained.clients) / clock.laps["train"]},
         }
-        return dataclasses.replace(new, seen=seen), metrics
+        return dataclasses.replace(new, seen=seen), _finite(metrics)
 
     def _task(self, number: int, progress: Progress) -> RoundTask:
         training = self.config.training
@@ -169,7 +170,8 @@ class Coordinator:
         load_flat(self._model, torch.from_numpy(progress.master))
         return calibrate(self._model.eval(), torch.from_numpy(examples.x).split(256))
 
-    def _evaluate(self, progress: Progress) -> Metrics:
+    def evaluate(self, progress: Progress) -> Metrics:
+        """Score the master in float, and the model that devices receive, on the coordinator's test part."""
         test = self.assembly.data.dataset.test
         x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
         load_flat(self._model, torch.from_numpy(progress.master))
@@ -244,8 +246,11 @@ class Coordinator:
         arrays = {key.removeprefix(prefix): array for key, array in checkpoint.arrays.items() if key.startswith(prefix)}
         decode_state(self.strategy, checkpoint.facts["strategy"], arrays)
         self.client_accuracies = checkpoint.facts["clients"]
+        master, seen = checkpoint.arrays["master"], checkpoint.arrays["seen"]
+        if master.size != self.layout.size or seen.size != len(self.assembly.data.clients):
+            raise Refused("--resume: the last commit is of another model or another number of clients than the scenario's")
         ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
-        return Progress(checkpoint.round_number, checkpoint.arrays["master"], ranges, checkpoint.arrays["seen"])
+        return Progress(checkpoint.round_number, master, ranges, seen)
 
 
 class _Clock:
@@ -258,6 +263,15 @@ class _Clock:
     def lap(self, name: str) -> None:
         now = time.perf_counter()
         self.laps[name], self._last = now - self._last, now
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _record(task: RoundTask) -> ConfigRecord:

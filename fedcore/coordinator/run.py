@@ -61,6 +61,7 @@ class FederatedRun:
             directory.mkdir(parents=True, exist_ok=True)
             self._store = RunStore(directory)
             self.coordinator = Coordinator(self.assembly, self.grid, self._store)
+            self._check_continuation()
             _write(directory / "config.toml", self.config.to_toml())
             _write(directory / "partition.json", json.dumps(_partition(self.assembly)))
             self._history = list(self._store.metrics())
@@ -76,6 +77,14 @@ class FederatedRun:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.grid.close()
         self._store.close()
+
+    def _check_continuation(self) -> None:
+        """Refuse to go on from a commit that the scenario as it is now cannot have made."""
+        done, partition = self.coordinator.progress.round_number, self.directory / "partition.json"
+        if done > self.config.run.rounds:
+            raise Refused(f"--resume: run.rounds = {self.config.run.rounds}, but {self.directory} has {done} rounds already")
+        if done and partition.exists() and json.loads(partition.read_text())["digest"] != self.assembly.data.digest():
+            raise Refused(f"--resume: the data behind {self.directory} has changed: its partition is another one now")
 
     @property
     def first_round(self) -> int:
@@ -97,12 +106,13 @@ class FederatedRun:
         from fedcore.report.page import write_report
 
         last = self._history[-1]
+        scores = last if "accuracy" in last else self.coordinator.evaluate(self.coordinator.progress)
         timings = [entry["timing"] for entry in self._history]
         model_bytes, exported = self._export()
         result = {
             "rounds": last["round"],
-            "accuracy": last["accuracy"],
-            "loss": last["loss"],
+            "accuracy": scores["accuracy"],
+            "loss": scores["loss"],
             **exported,
             "test_examples": len(self.assembly.data.dataset.test),
             "bytes_up": sum(entry["bytes_up"] for entry in self._history),

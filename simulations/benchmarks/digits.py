@@ -1,8 +1,8 @@
 """The main job on several seeds, beside the same model trained centrally on the same examples.
 
 Central training is the same code with one client that holds everything: as many rounds of two epochs, at a learning rate at which
-pooled training is stable. Prints a table (or JSON): accuracy of the fp32 master, of the int8 model in ONNX Runtime, test images between
-the two, points below central training.
+pooled training is stable. Prints a table (or JSON): accuracy of the fp32 master, of the int8 model in ONNX Runtime, test images
+between the two, points below central training.
 
     python -m simulations.benchmarks.digits --seeds 0 1 2
 """

@@ -336,3 +336,15 @@ def wait_for_rounds(out: Path, goal: int, process: subprocess.Popen) -> None:
 def _lines(out: Path) -> int:
     path = out / "metrics.jsonl"
     return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_a_continuation_that_cannot_be_one_is_refused(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(DATA)
+    out = tmp_path / "run"
+    values = ["data.dataset=mine:poisoned", "data.partition=natural", "data.clients=0", "cohort.size=0"]
+    simulate(scenario, out, *values, "run.rounds=3", "evaluation.every=0")
+    fewer = fedcore("simulate", scenario, "--out", out, "--resume", *settings(*values, "run.rounds=2", "evaluation.every=0"))
+    assert (fewer.returncode, "has 3 rounds already" in fewer.stderr) == (2, True)
+    (scenario.parent / "mine.py").write_text(DATA.replace("% 5", "// 360 % 5"))
+    other = fedcore("simulate", scenario, "--out", out, "--resume", *settings(*values, "evaluation.every=0"))
+    assert (other.returncode, "its partition is another one now" in other.stderr) == (2, True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -87,33 +85,32 @@ def _line(metrics: dict[str, Any], watch: _Watch) -> str:
 
 
 def _accuracy(metrics: dict[str, Any]) -> str:
-    if "accuracy" not in metrics:
+    if metrics.get("accuracy") is None:
         return ""
     quantized = f" (quantized {metrics['fake_quant_accuracy']:.3f})" if "fake_quant_accuracy" in metrics else ""
     return f"accuracy {metrics['accuracy']:.3f}{quantized}"
 
 
 def _follow_live(run: SimulatedRun, console: Console) -> None:
-    watch, recent = _Watch(run), list[dict[str, Any]]()
-    with _bars(run, watch) as bars:
+    headline, watch, recent = Text(_headline(run), style="bold"), _Watch(run), list[dict[str, Any]]()
+    bars = _bars(run, watch)
 
-        def picture() -> RenderableType:
-            bars.update(bars.task_ids[1], completed=run.grid.clients_done, total=len(run.grid.nodes))
-            return Group(Text(_headline(run), style="bold"), _table(recent, watch), bars)
+    def picture() -> RenderableType:
+        bars.update(bars.task_ids[1], completed=run.grid.clients_done, total=len(run.grid.nodes))
+        return Group(headline, _table(recent, watch), bars)
 
-        with Live(get_renderable=picture, console=console, refresh_per_second=5):
-            for metrics in run.rounds():
-                recent = [*recent, metrics][-_RECENT:]
-                bars.update(bars.task_ids[0], completed=metrics["round"], left=f"{watch.left(metrics['round'])} left")
+    with Live(get_renderable=picture, console=console, refresh_per_second=5):
+        for metrics in run.rounds():
+            recent = [*recent, metrics][-_RECENT:]
+            bars.update(bars.task_ids[0], completed=metrics["round"], left=f"{watch.left(metrics['round'])} left")
 
 
-@contextmanager
-def _bars(run: SimulatedRun, watch: _Watch) -> Iterator[Progress]:
+def _bars(run: SimulatedRun, watch: _Watch) -> Progress:
     columns = (TextColumn("{task.description:>8}"), BarColumn(bar_width=40), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
     bars = Progress(*columns, TextColumn("{task.fields[left]}"))
     bars.add_task("rounds", total=watch.total, completed=watch.done, left="")
     bars.add_task("clients", total=len(run.grid.nodes), left="in this round")
-    yield bars
+    return bars
 
 
 def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:
@@ -130,4 +127,4 @@ def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:
 
 
 def _number(metrics: dict[str, Any], key: str) -> str:
-    return f"{metrics[key]:.3f}" if key in metrics else ""
+    return f"{metrics[key]:.3f}" if metrics.get(key) is not None else ""

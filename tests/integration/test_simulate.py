@@ -348,3 +348,18 @@ def test_a_continuation_that_cannot_be_one_is_refused(scenario, tmp_path):
     (scenario.parent / "mine.py").write_text(DATA.replace("% 5", "// 360 % 5"))
     other = fedcore("simulate", scenario, "--out", out, "--resume", *settings(*values, "evaluation.every=0"))
     assert (other.returncode, "its partition is another one now" in other.stderr) == (2, True)
+
+
+def test_the_engine_is_recorded_and_kept_on_resume(scenario, tmp_path):
+    out = tmp_path / "run"
+    simulate(scenario, out, "engine.name=vmap", "run.rounds=2", "quantization.enabled=false")
+    assert 'name = "vmap"' in (out / "config.toml").read_text()
+    again = fedcore("simulate", scenario, "--out", out, "--resume", *settings("run.rounds=3", "quantization.enabled=false"))
+    assert again.returncode == 0, again.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert (result["engine"], result["rounds"], result["int8_accuracy"]) == ("vmap", 3, None)
+    other = fedcore("simulate", scenario, "--out", out, "--resume", *settings("engine.name=loop", "quantization.enabled=false"))
+    assert (other.returncode, "engine.name is 'loop'" in other.stderr) == (2, True)
+    simulate(scenario, tmp_path / "loop", "run.rounds=3", "quantization.enabled=false")
+    loop, vmap = (metrics(folder)[-1] for folder in (tmp_path / "loop", out))
+    assert vmap["train_loss"] == pytest.approx(loop["train_loss"], abs=1e-4)

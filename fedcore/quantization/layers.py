@@ -39,7 +39,7 @@ class _RoundWeight(torch.autograd.Function):
         """Nothing is needed for the gradient."""
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # torch declares *gradients
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
 
 
@@ -64,14 +64,14 @@ class _RoundActivation(torch.autograd.Function):
         ctx.ends = ((low - 0.5) * scale, (high + 0.5) * scale)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # torch declares *gradients
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(gradient, x, *ctx.ends), None, None, None, None
 
 
 def fake_quantize_weight(weight: Tensor) -> Tensor:
     """``weight`` [out, ...] rounded to its int8 grid, one scale per output channel. The scale carries no gradient."""
-    return cast("Tensor", _RoundWeight.apply(weight))
+    return cast("Tensor", _RoundWeight.apply(weight))  # type: ignore[no-untyped-call]  # of torch's
 
 
 class FakeQuantize(nn.Module):
@@ -95,7 +95,8 @@ class FakeQuantize(nn.Module):
             return x
         scale, zero = self.frozen.scale, self.frozen.zero_point
         inverse = float(np.float32(1) / np.float32(scale))  # the runtimes multiply by the float32 reciprocal
-        return cast("Tensor", _RoundActivation.apply(x, scale, inverse, -128 - zero, 127 - zero))
+        rounded = _RoundActivation.apply(x, scale, inverse, -128 - zero, 127 - zero)  # type: ignore[no-untyped-call]  # of torch's
+        return cast("Tensor", rounded)
 
 
 class QuantLinear(nn.Linear):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -12,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import click
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from fedcore import __version__
 from fedcore.errors import FedcoreError, Refused
@@ -28,7 +32,7 @@ app = typer.Typer(
     name="fedcore", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Federated learning coordinator: simulate, fine-tune quantization-aware, aggregate, re-quantize.",
 )  # fmt: skip
-_INTERRUPTED = 130
+_INTERRUPTED, _NO_READER, _DEFECT = 130, 141, 70  # as shells and sysexits.h have them
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines for scripts instead of a picture.")]
@@ -72,11 +76,12 @@ def simulate(
                 follow(run, console, as_json=as_json)
                 result = run.finish()
         except KeyboardInterrupt:
-            settings = "".join(f" --set {override}" for override in overrides or [])
-            print(
-                f"\ninterrupted; continue with: fedcore simulate {scenario} --out {directory} --resume{settings}", file=sys.stderr
-            )
-            raise typer.Exit(_INTERRUPTED) from None
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            command = ["fedcore", "simulate", str(scenario), "--out", str(directory), "--resume"]
+            command += [part for override in overrides or [] for part in ("--set", override)]
+            hint = f"continue with: {shlex.join(command)}" if (directory / "config.toml").exists() else "nothing was begun"
+            print(f"\ninterrupted; {hint}", file=sys.stderr, flush=True)
+            os._exit(_INTERRUPTED)
     if as_json:
         print(json.dumps({"event": "result", "directory": str(directory), **result}))
     else:
@@ -99,7 +104,7 @@ def runs(
                 print(json.dumps({
                     "directory": str(one.directory), "name": one.name, "state": one.state, "rounds": one.done,
                     "planned": one.planned, "accuracy": one.accuracy, "int8_accuracy": one.int8_accuracy,
-                    "bytes": one.size_bytes,
+                    "bytes": one.size_bytes, "problem": one.problem,
                     "modified": one.modified.isoformat(),
                 }))  # fmt: skip
             return
@@ -183,8 +188,8 @@ def main() -> None:
 
 def _console() -> Console:
     """Tables keep their columns whole where the output is no terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=200)
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=200, markup=False)
 
 
 @contextmanager
@@ -199,16 +204,22 @@ def _errors(debug: bool = False) -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, Refused) else 1) from None
     except OSError as error:
         if isinstance(error, BrokenPipeError):
-            os._exit(0)  # the reader of our output has left, as in `fedcore runs | head`
+            os._exit(_NO_READER)  # the reader of our output has left, as in `fedcore runs | head`
         if debug:
             traceback.print_exc()
         print(f"error: {error.filename or 'output'}: {error.strerror}; what was committed is intact", file=sys.stderr)
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("fedcore"):
-            raise
         print(f"error: Python package {error.name} is not installed; fedcore doctor says how to get it", file=sys.stderr)
         raise typer.Exit(2) from None
+    except click.exceptions.Exit:
+        raise
+    except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the way to the traceback
+        if debug:
+            traceback.print_exc()
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        print(f"error: unexpected {text} (simulate --debug shows where)", file=sys.stderr)
+        raise typer.Exit(_DEFECT) from None
 
 
 def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> None:
@@ -219,7 +230,9 @@ def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> 
     rows = {
         "rounds": f"{result['rounds']} in {human_seconds(result['seconds'])} ({result['clients_per_second']:.0f} clients/s)",
         "accuracy": f"{result['accuracy']:.4f} (fp32 master, {result['test_examples']} test examples)",
-        "int8 accuracy": f"{int8:.4f} (ONNX Runtime, integer kernels)" if int8 is not None else result.get("onnx", "not quantized"),
+        "int8 accuracy": f"{int8:.4f} (ONNX Runtime: {_kernels(result)})"
+        if int8 is not None
+        else result.get("onnx", "not quantized"),
         "traffic": f"{human_bytes(result['bytes_up'])} up, {human_bytes(result['bytes_down'])} down",
         "model": ", ".join(f"{kind} {human_bytes(size)}" for kind, size in result["model_bytes"].items()),
         "dropped": f"{result['dropped']} client updates" if result["dropped"] else "",
@@ -227,8 +240,16 @@ def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> 
     }
     for name, value in rows.items():
         if value:
-            table.add_row(f"[bold]{name}[/]", value)
+            table.add_row(Text(name, style="bold"), value)
     console.print(table, highlight=False)
+
+
+def _kernels(result: dict[str, Any]) -> str:
+    """How many of the layers with weights ran as integer kernels, from the graph that the runtime executed."""
+    counts = result["operators"]
+    integer = sum(counts.get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul"))
+    floating = sum(counts.get(kind, 0) for kind in ("Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul"))
+    return f"{integer} integer kernels" + (f", {floating} in float" if floating else "")
 
 
 def _print_comparison(comparison: Comparison, page: Path, *, as_json: bool) -> None:

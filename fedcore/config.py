@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import tomllib
-import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -126,7 +126,7 @@ class CohortConfig:
 
     size: int = _key(0, "clients that train in a round; 0 = all", low=0)
     evaluate_size: int = _key(0, "clients that evaluate in a federated evaluation; 0 = all", low=0)
-    timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0)
+    timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0, high=1e6)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class CheckpointConfig:
     """[checkpoint]"""
 
     every: int = _key(1, "rounds between commits; a crash loses at most the rounds since the last one", low=1)
-    keep: int = _key(2, "committed models kept on disk", low=1)
+    keep: int = _key(2, "committed models kept on disk", low=1, high=1_000_000)
 
 
 @dataclass(frozen=True)
@@ -199,13 +199,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         Refused: unreadable file, wrong TOML, or a value that the rules do not allow; one line with file, key and rule.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise Refused(f"{path}: cannot be read: {reason}") from error
     try:
         tables = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # wrong TOML, or numbers and nesting that no reader takes
         raise Refused(f"{path}: not valid TOML: {error}") from error
     folder = tables.pop("folder", None)
     if folder is not None and not isinstance(folder, str):
@@ -273,7 +273,7 @@ def _coerce(value: Any, kind: Any) -> Any:
     if typing.get_origin(kind) is dict:
         return value if isinstance(value, dict) else None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 2**63 else None
     if isinstance(value, bool) and kind is not bool:
         return None
     return value if isinstance(value, kind) else None
@@ -315,6 +315,9 @@ def _allowed(kind: Any, rule: Mapping[str, Any]) -> str:
 
 def _impossible(config: RunConfig) -> Iterator[str]:
     """Combinations that no single key's rule can see."""
+    if not re.fullmatch(r"[^./\\\x00-\x1f][^/\\\x00-\x1f]{0,99}|", config.run.name):
+        allowed = "at most 100 characters without slashes and with no leading dot, since it names a directory"
+        yield f"run.name must be {allowed}; got {_show(config.run.name)}"
     if config.data.clients == 0 and config.data.partition != "natural":
         yield f'data.clients must be >= 1 with data.partition = "{config.data.partition}" (0 is for "natural")'
     if config.data.clients and config.cohort.size > config.data.clients:
@@ -341,7 +344,7 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         raise Refused(f"--set {override}: must look like section.key=value, e.g. --set training.lr=0.1")
     try:
         value = tomllib.loads(f"value = {text.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     table = tables
     for part in parts[:-1]:
@@ -362,6 +365,8 @@ def _show(value: Any) -> str:
 
 
 def _toml_value(value: Any) -> str:
-    if isinstance(value, types.MappingProxyType | dict) and not value:
-        return "{}"
-    return tomli_w.dumps({"v": list(value) if isinstance(value, tuple) else value}).removeprefix("v = ").strip().replace("\n", " ")
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key} = {_toml_value(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return tomli_w.dumps({"v": value}).removeprefix("v = ").strip()

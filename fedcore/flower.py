@@ -30,8 +30,22 @@ from fedcore.errors import Refused, RoundFailed  # noqa: E402
 from fedcore.models import ParameterLayout  # noqa: E402
 
 __all__ = [
-    "METRICS", "Answer", "ClientGrid", "Facts", "answer_all", "assume_identity", "check_one_content", "decode_state",
-    "encode_state", "facts_of", "from_record", "kind_of", "only_record", "seed_strategies", "to_record",
+    "METRICS",
+    "Answer",
+    "ClientGrid",
+    "Facts",
+    "answer_all",
+    "assume_identity",
+    "check_addressees",
+    "check_one_content",
+    "decode_state",
+    "encode_state",
+    "facts_of",
+    "from_record",
+    "kind_of",
+    "only_record",
+    "seed_strategies",
+    "to_record",
 ]  # fmt: skip
 
 # Flower logs every round at INFO; what matters of it is in our metrics and errors.
@@ -60,7 +74,7 @@ def seed_strategies(seed: int, round_number: int) -> None:
 
 def to_record(layout: ParameterLayout, flat: Floats) -> ArrayRecord:
     """The flat parameters [d] as an ArrayRecord by name."""
-    return ArrayRecord({name: Array(np.ascontiguousarray(values)) for name, values in layout.split(flat).items()})
+    return ArrayRecord({name: Array(values) for name, values in layout.split(flat).items()})
 
 
 def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
@@ -94,6 +108,24 @@ def kind_of(message: Message) -> str:
     if kind not in METRICS:
         raise Refused(f"clients train and evaluate; the strategy sent a message of type {kind!r}")
     return kind
+
+
+def check_addressees(messages: Sequence[Message], nodes: Sequence[int]) -> None:
+    """Refuse what cannot be delivered.
+
+    Raises:
+        Refused: something that is no message, or a message to a node that does not take part or has one already.
+    """
+    seen = set[int]()
+    for message in messages:
+        if not isinstance(message, Message):
+            raise Refused(f"the strategy must give messages, it gave a {type(message).__name__}")
+        node = message.metadata.dst_node_id
+        if node not in nodes or node in seen:
+            raise Refused(
+                f"the strategy sent a message to node {node}, which {'has one already' if node in seen else 'was not drawn'}"
+            )
+        seen.add(node)
 
 
 def check_one_content(messages: Sequence[Message]) -> None:

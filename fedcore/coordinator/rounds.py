@@ -9,14 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
 
 from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort
@@ -71,9 +72,11 @@ class Coordinator:
         self.layout = assembly.layout
         self.client_accuracies: Metrics | None = None
         self._grid, self._store, self._model = grid, store, assembly.model
+        self._shown = cast("Grid", grid)  # strategies of Flower call no more of a Grid than a DrawnGrid has
         frozen = layout_of(self._model, trainable=False)
         values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if not p.requires_grad}
         self._frozen_bytes = len(encode_model(frozen.wire_tensors(frozen.join(values)))) if values else 0
+        self._origin = assembly.origin()
         self.progress = self._restore() or self._begin()
 
     def rounds(self) -> Iterator[Metrics]:
@@ -108,8 +111,12 @@ class Coordinator:
         # 2. The strategy configures, the cohort trains, the strategy aggregates.
         arrays, task = to_record(self.layout, progress.master), self._task(number, progress)
         self._grid.nodes = draw_cohort(config.run.seed, number, len(self.assembly.data.clients), config.cohort.size, TRAIN)
-        messages = self._call("configure_train", self.strategy.configure_train, number, arrays, _record(task), self._grid)
-        replies, trained = self._exchange(messages, "train")
+        messages = self._call(
+            "configure_train", lambda: list(self.strategy.configure_train(number, arrays, _record(task), self._shown))
+        )
+        if not messages:
+            raise RoundFailed(f"strategy {config.strategy.name} asked no client to train")
+        replies, trained = self._exchange(messages)
         master, aggregated = self._aggregate(number, replies)
         clock.lap("train")
         # 3. Evaluate on the coordinator's test part, and on the clients.
@@ -149,21 +156,22 @@ class Coordinator:
         norm = float(np.linalg.norm(progress.master.astype(np.float64)))
         return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges)
 
-    def _exchange(self, messages: Iterable[Message], what: str) -> tuple[list[Message], Facts]:
-        sent = list(messages)
-        if not sent:
-            raise RoundFailed(f"strategy {self.config.strategy.name} asked no client to {what}")
-        replies = list(self._grid.send_and_receive(sent, timeout=self.config.cohort.timeout))
+    def _exchange(self, messages: Sequence[Message]) -> tuple[list[Message], Facts]:
+        replies = list(self._grid.send_and_receive(messages, timeout=self.config.cohort.timeout))
         return replies, Facts.merge(facts_of(reply) for reply in replies)
 
     def _aggregate(self, number: int, replies: list[Message]) -> tuple[Floats, Metrics]:
-        arrays, metrics = self._call("aggregate_train", self.strategy.aggregate_train, number, replies)
+        result = self._call("aggregate_train", lambda: self.strategy.aggregate_train(number, replies))
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise RoundFailed(f"strategy {self.config.strategy.name}: aggregate_train must return (ArrayRecord, MetricRecord)")
+        arrays, metrics = result
         if not isinstance(arrays, ArrayRecord):
             raise RoundFailed(f"strategy {self.config.strategy.name} gave no model for {len(replies)} replies (too few for it?)")
         master = from_record(self.layout, arrays)
         if not np.isfinite(master).all():
             raise RoundFailed(f"strategy {self.config.strategy.name} gave a model that is not finite; the last commit is intact")
-        return master, {key: value for key, value in (metrics or {}).items() if key != "num-examples"}
+        found = self._metrics("aggregate_train", metrics)
+        return master, {"train_loss": found.pop("train_loss", None)} | ({"strategy": found} if found else {})
 
     def _calibrate(self, progress: Progress) -> dict[str, ActivationRange]:
         examples = self.assembly.data.dataset.train.take(self.assembly.data.calibration)
@@ -193,13 +201,16 @@ class Coordinator:
             config.run.seed, number, len(self.assembly.data.clients), config.cohort.evaluate_size, EVALUATE
         )  # fmt: skip
         arrays, record = to_record(self.layout, progress.master), _record(self._task(number, progress))
-        messages = list(self._call("configure_evaluate", self.strategy.configure_evaluate, number, arrays, record, self._grid))
+        messages = self._call(
+            "configure_evaluate", lambda: list(self.strategy.configure_evaluate(number, arrays, record, self._shown) or ())
+        )  # fmt: skip
         if not messages:
             return {}, Facts()
-        replies, facts = self._exchange(messages, "evaluate")
-        metrics = self._call("aggregate_evaluate", self.strategy.aggregate_evaluate, number, replies)
+        replies, facts = self._exchange(messages)
+        found = self._metrics(
+            "aggregate_evaluate", self._call("aggregate_evaluate", lambda: self.strategy.aggregate_evaluate(number, replies))
+        )
         accuracies = [accuracy for _, accuracy, _ in facts.accuracies]
-        found: Metrics = {key: value for key, value in (metrics or {}).items() if key != "num-examples"}
         found["clients"] = len(accuracies)
         if accuracies:
             values = np.percentile(accuracies, _PERCENTILES).tolist()
@@ -216,9 +227,19 @@ class Coordinator:
         now[[client for part in facts for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
         return now, self._frozen_bytes * int((now & ~seen).sum())
 
-    def _call(self, name: str, method: Callable[..., Result], *arguments: Any) -> Result:
+    def _metrics(self, name: str, metrics: Any) -> Metrics:
+        """A strategy's metrics as plain numbers."""
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise RoundFailed(
+                f"strategy {self.config.strategy.name}: {name} must give a MetricRecord, it gave a {type(metrics).__name__}"
+            )
+        return self._call(
+            name, lambda: {k: np.asarray(v, np.float64).tolist() for k, v in (metrics or {}).items() if k != "num-examples"}
+        )
+
+    def _call(self, name: str, call: Callable[[], Result]) -> Result:
         try:
-            return method(*arguments)
+            return call()
         except FedcoreError:
             raise
         except Exception as error:  # a researcher's own strategy may raise anything
@@ -234,6 +255,7 @@ class Coordinator:
             "strategy": text,
             "ranges": {name: [span.scale, span.zero_point] for name, span in progress.ranges.items()},
             "clients": self.client_accuracies,
+            "origin": self._origin,
         }
         held = {f"strategy/{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
         self._store.commit(Checkpoint(progress.round_number, held, facts), metrics, self.config.checkpoint.keep)
@@ -244,11 +266,15 @@ class Coordinator:
             return None
         prefix = "strategy/"
         arrays = {key.removeprefix(prefix): array for key, array in checkpoint.arrays.items() if key.startswith(prefix)}
-        decode_state(self.strategy, checkpoint.facts["strategy"], arrays)
+        self._call("load_state_dict", lambda: decode_state(self.strategy, checkpoint.facts["strategy"], arrays))
         self.client_accuracies = checkpoint.facts["clients"]
         master, seen = checkpoint.arrays["master"], checkpoint.arrays["seen"]
         if master.size != self.layout.size or seen.size != len(self.assembly.data.clients):
             raise Refused("--resume: the last commit is of another model or another number of clients than the scenario's")
+        for part, values in checkpoint.facts["origin"].items():
+            now = self._origin[part]
+            if len(now) != len(values) or not np.allclose(values, now, rtol=1e-3, atol=1e-4):
+                raise Refused(f"--resume: the {part} behind the run has changed since it began")
         ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
         return Progress(checkpoint.round_number, master, ranges, seen)
 

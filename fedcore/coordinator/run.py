@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from fedcore import __version__
@@ -59,6 +60,8 @@ class FederatedRun:
         self.grid = connect(self.assembly)
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if not resume:
+                _write(directory / "config.toml", self.config.to_toml())
             self._store = RunStore(directory)
             self.coordinator = Coordinator(self.assembly, self.grid, self._store)
             self._check_continuation()
@@ -83,6 +86,8 @@ class FederatedRun:
         done, partition = self.coordinator.progress.round_number, self.directory / "partition.json"
         if done > self.config.run.rounds:
             raise Refused(f"--resume: run.rounds = {self.config.run.rounds}, but {self.directory} has {done} rounds already")
+        if not done and (self.directory / "metrics.jsonl").exists() and (self.directory / "metrics.jsonl").stat().st_size:
+            raise Refused(f"--resume: {self.directory} has finished rounds, but its state.sqlite that holds them is gone or empty")
         if done and partition.exists() and json.loads(partition.read_text())["digest"] != self.assembly.data.digest():
             raise Refused(f"--resume: the data behind {self.directory} has changed: its partition is another one now")
 
@@ -151,7 +156,7 @@ class FederatedRun:
         }  # fmt: skip
         blob = encode_model(layout.wire_tensors(everything), progress.ranges, metadata)
         _write(self.directory / "model" / "model.fcm", blob)
-        sizes = {"fp32": 4 * layout.size, "int8": len(blob)}
+        sizes = {"fp32": 4 * layout.size, "int8" if self.config.quantization.enabled else "wire": len(blob)}
         set_activation_ranges(model, progress.ranges)
         received = decode_model(blob).tensors
         with torch.no_grad():
@@ -159,14 +164,34 @@ class FederatedRun:
                 parameter.copy_(torch.from_numpy(received[name]))
         try:
             onnx_file = to_onnx(model, dataset.train.x.shape[1:], metadata)
+            predicted = onnx_logits(onnx_file, dataset.test.x).argmax(1)
+            agreement = self._agreement(predicted)
         except FedcoreError as error:
             return sizes, {"int8_accuracy": None, "onnx": str(error)}
+        except Exception as error:  # noqa: BLE001 - an exporter that fails costs its own artefact, not the run
+            return sizes, {"int8_accuracy": None, "onnx": f"ONNX export failed: {type(error).__name__}: {error}"}
         _write(self.directory / "model" / "model.onnx", onnx_file)
-        predicted = onnx_logits(onnx_file, dataset.test.x).argmax(1)
         return sizes | {"onnx": len(onnx_file)}, {
             "int8_accuracy": float((predicted == dataset.test.y).mean()) if self.config.quantization.enabled else None,
+            "agreement": agreement,
             "operators": integer_operators(onnx_file),
         }
+
+    def _agreement(self, predicted: npt.NDArray[np.int64]) -> float:
+        """Share of test examples that the exported file labels as the model it was made from.
+
+        Raises:
+            Refused: under 99.5 % (and more than one example): the file is not the model.
+        """
+        model, x = self.assembly.model.eval(), torch.from_numpy(self.assembly.data.dataset.test.x)
+        with torch.no_grad():
+            expected = torch.cat([model(part).argmax(1) for part in x.split(256)]).numpy()
+        different = int((predicted != expected).sum())
+        if different > max(1, 0.005 * len(expected)):
+            raise Refused(
+                f"ONNX export: the file labels {different} of {len(expected)} test examples otherwise than the model; not kept"
+            )
+        return 1 - different / len(expected)
 
 
 class SimulatedRun(FederatedRun):
@@ -196,7 +221,11 @@ def _begun(config: RunConfig, directory: Path) -> RunConfig:
     if directory.exists() and not directory.is_dir():
         raise Refused(f"--out {directory}: is a file; a run needs a directory")
     if (directory / "config.toml").exists():
-        raise Refused(f"--out {directory}: holds a run already; add --resume to continue it, or choose another directory")
+        raise Refused(
+            f"--out {directory}: holds a run already; add --resume to continue it, delete it, or choose another directory"
+        )
+    if directory.exists() and any(directory.iterdir()):
+        raise Refused(f"--out {directory}: is not empty; a new run needs a directory of its own")
     return config
 
 

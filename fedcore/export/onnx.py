@@ -21,6 +21,7 @@ import onnxruntime
 import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
 
 from fedcore.errors import Refused
 from fedcore.quantization.layers import FakeQuantize, QuantLayer
@@ -39,7 +40,7 @@ def to_onnx(model: nn.Module, input_shape: tuple[int, ...], metadata: Mapping[st
     Raises:
         Refused: control flow, or an operator that this exporter does not know; the line names it and its layer.
     """
-    graph = _trace(model)
+    graph = _trace(model, input_shape)
     writer = _Writer(model, _demanded_ranges(graph, model))
     for node in graph.nodes:
         writer.add(node)
@@ -81,10 +82,14 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (QuantLayer, FakeQuantize)) or super().is_leaf_module(m, module_qualified_name)
 
 
-def _trace(model: nn.Module) -> fx.Graph:
+def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
+    """The model's graph, with the shape of every value for a batch of two in ``meta``."""
     training = model.training
     try:
-        return _Tracer().trace(model.eval())
+        graph = _Tracer().trace(model.eval())
+        with torch.no_grad():
+            ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(2, *input_shape))
+        return graph
     except Exception as error:  # torch.fx raises its own and the model's errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise Refused(f"ONNX export: the model cannot be traced (control flow on values?): {reason}") from error
@@ -149,25 +154,38 @@ class _Writer:
         self._values[node] = self._on_grid(value, self._wanted[node]) if node in self._wanted else value
 
     def _module(self, node: fx.Node, module: nn.Module) -> _Value:
-        x = self._values[_first(node)]
-        name = str(node.target)
+        x, name, rank = self._values[_first(node)], f"{node.name}.value", len(_first(node).meta["tensor_meta"].shape)
+        if module._forward_hooks or module._forward_pre_hooks:
+            raise Refused(f"ONNX export: layer {node.target} has hooks, which no exporter sees")
         if isinstance(module, FakeQuantize):
             return self._on_grid(x, module.frozen) if module.frozen else x
         if isinstance(module, nn.Dropout | nn.Identity):
             return x
+        if isinstance(module, nn.Conv1d | nn.Conv2d) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
+            raise Refused(f"ONNX export: layer {node.target}: only explicit zero padding is supported")
         if isinstance(module, QuantLayer | nn.Linear | nn.Conv1d | nn.Conv2d):
+            if isinstance(module, nn.Linear) and rank != 2:
+                raise Refused(f"ONNX export: layer {node.target}: Linear on {rank} dimensions is not supported; flatten before it")
             return self._weighted(x, module, name)
         if isinstance(module, nn.GroupNorm):
-            return self._group_norm(x, module, name)
+            return self._group_norm(x, module, name, rank)
+        if isinstance(module, nn.Flatten) and (module.start_dim, module.end_dim) not in ((1, -1), (1, rank - 1)):
+            raise Refused(f"ONNX export: layer {node.target}: only Flatten(1, -1) is supported")
+        if getattr(module, "dilation", 1) not in (1, (1, 1)) or getattr(module, "divisor_override", None) is not None:
+            raise Refused(f"ONNX export: layer {node.target}: pooling with dilation or divisor_override is not supported")
         for kind, write in _SIMPLE.items():
             if isinstance(module, kind):
                 op, attributes = write(module)
                 return self._emit(op, [x.name], name, **attributes)
-        raise Refused(f"ONNX export: layer {name} is a {type(module).__name__}, which this exporter does not know")
+        raise Refused(f"ONNX export: layer {node.target} is a {type(module).__name__}, which this exporter does not know")
 
     def _function(self, node: fx.Node) -> _Value:
         inputs = [self._values[argument] for argument in node.args if isinstance(argument, fx.Node)]
-        if node.target in (torch.flatten, "flatten"):
+        if node.kwargs:
+            raise Refused(
+                f"ONNX export: operator {node.target} ({node.name}) has keyword arguments, which this exporter does not know"
+            )
+        if node.target in (torch.flatten, "flatten") and node.args[1:] == (1,):
             return self._emit("Flatten", [inputs[0].name], node.name, axis=1)
         if node.target in (torch.relu, nn.functional.relu, "relu"):
             return self._emit("Relu", [inputs[0].name], node.name)
@@ -188,8 +206,6 @@ class _Writer:
         if isinstance(layer, nn.Linear):
             return self._emit("Gemm", operands, name, transB=1)
         assert isinstance(layer, nn.Conv1d | nn.Conv2d)
-        if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
-            raise Refused(f"ONNX export: layer {name}: only explicit zero padding is supported")
         return self._emit(
             "Conv", operands, name, strides=layer.stride, dilations=layer.dilation, group=layer.groups,
             kernel_shape=layer.kernel_size, pads=[*layer.padding, *layer.padding],
@@ -202,7 +218,7 @@ class _Writer:
         integers = np.clip(np.rint(bias / product.astype(np.float64)), -(2**31), 2**31 - 1).astype(np.int32)
         return self._dequantized(f"{name}.bias", integers, product)
 
-    def _group_norm(self, x: _Value, layer: nn.GroupNorm, name: str) -> _Value:
+    def _group_norm(self, x: _Value, layer: nn.GroupNorm, name: str, rank: int) -> _Value:
         """Normalise [batch, groups, rest], then scale and shift per channel; stays in float."""
         shape = self._emit("Shape", [x.name], f"{name}.shape")
         groups = self._constant(f"{name}.groups", np.array([0, layer.num_groups, -1], np.int64))
@@ -213,7 +229,7 @@ class _Writer:
         normal = self._emit("InstanceNormalization", [grouped.name, ones, zeros], f"{name}.normal", epsilon=layer.eps)
         value = self._emit("Reshape", [normal.name, shape.name], f"{name}.restored")
         for op, parameter in (("Mul", layer.weight), ("Add", layer.bias)) if layer.affine else ():
-            per_channel = _numpy(parameter).reshape(-1, 1, 1)
+            per_channel = _numpy(parameter).reshape(-1, *[1] * (rank - 2))
             value = self._emit(op, [value.name, self._constant(f"{name}.{op}", per_channel)], f"{name}.{op}.out")
         return value
 

@@ -17,6 +17,7 @@ from fedcore.flower import (
     Facts,
     answer_all,
     assume_identity,
+    check_addressees,
     check_one_content,
     from_record,
     kind_of,
@@ -93,6 +94,7 @@ class CohortGrid(ClientGrid):
         """
         self.clients_done = 0
         sent = list(messages)
+        check_addressees(sent, self.nodes)
         if self.mean:
             check_one_content(sent)
         groups: dict[int, list[Message]] = {}

@@ -7,10 +7,12 @@ pipe, vectors through memory that parent and worker share.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection, wait
@@ -25,6 +27,7 @@ from fedcore.errors import RoundFailed
 __all__ = ["Doubles", "WorkerPool", "available_workers"]
 
 Doubles = npt.NDArray[np.float64]
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _AHEAD = 4  # jobs a worker may be ahead of the one whose result is yielded next
 
 
@@ -62,11 +65,12 @@ class WorkerPool:
         Raises:
             RoundFailed: a worker died, raised, or ``timeout`` seconds passed.
         """
+        deadline = None if timeout is None else time.monotonic() + timeout
         if not self._processes:
             for job in jobs:
                 yield self._handler(job, self.shared, self._outs[0]), self._outs[0]
+                _check(deadline)
             return
-        deadline = None if timeout is None else time.monotonic() + timeout
         early: dict[int, tuple[Any, Doubles]] = {}
         running: dict[Connection, int] = {}
         idle, sent, done = list(range(len(self._pipes))), 0, 0
@@ -131,8 +135,7 @@ class WorkerPool:
     def _wait(self, pipes: list[Connection], deadline: float | None) -> list[Connection]:
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(pipes, remaining)
-        if not ready:
-            raise RoundFailed("the round did not finish within cohort.timeout")
+        _check(deadline)
         return [pipe for pipe in pipes if pipe in ready]
 
     def _death(self, worker: int) -> RoundFailed:
@@ -144,7 +147,19 @@ class WorkerPool:
         return RoundFailed(f"a worker process died ({cause}{hint})")
 
 
+def _check(deadline: float | None) -> None:
+    if deadline is not None and time.monotonic() > deadline:
+        raise RoundFailed("the round did not finish within cohort.timeout")
+
+
+def _end_with_parent() -> None:
+    """Have the system kill this process when the one that forked it dies, also in the middle of a long job."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _serve(pipe: Connection, foreign: list[Connection], handler: Handler, shared: Doubles, out: Doubles) -> None:
+    _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
     for end in foreign:
         end.close()

@@ -16,10 +16,11 @@ def cnn(
     """
     if len(input_shape) != 3 or min(input_shape[1:]) < 4:
         raise Refused(f"model cnn needs images [channels, height, width] of at least 4x4, got {list(input_shape)}")
+    first, second = channels
     padding = 0 if min(input_shape[1:]) >= 10 else 1
     height, width = (((side + 2 * padding - 2) // 2 + 2 * padding - 2) // 2 for side in input_shape[1:])
     return nn.Sequential(
-        nn.Conv2d(input_shape[0], channels[0], 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(channels[0], channels[1], 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(channels[1] * height * width, hidden), nn.ReLU(), nn.Linear(hidden, classes),
+        nn.Conv2d(input_shape[0], first, 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(first, second, 3, padding=padding), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(second * height * width, hidden), nn.ReLU(), nn.Linear(hidden, classes),
     )  # fmt: skip

@@ -146,8 +146,9 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
 
 
 def _seed_summary(rows: Sequence[Row], differences: Sequence[Difference], group: Sequence[int]) -> SeedSummary | None:
-    """None for fewer than two finished runs: an unfinished run's accuracy is not one of the same quantity."""
-    members = tuple(index for index in group if rows[index].finished)
+    """None for fewer than two finished runs of different seeds: an unfinished run's accuracy is not one of the same quantity, and
+    a seed counts once."""
+    members = tuple({rows[index].seed: index for index in reversed(group) if rows[index].finished}.values())[::-1]
     if len(members) < 2:
         return None
     chosen = [rows[index] for index in members]

@@ -92,7 +92,8 @@ class RunStore:
         Raises:
             Refused: its file is missing or is not what was committed.
         """
-        row = self._db.execute("SELECT round, file, sha256, facts FROM checkpoints ORDER BY round DESC LIMIT 1").fetchone()
+        with _clear_errors(self._directory):
+            row = self._db.execute("SELECT round, file, sha256, facts FROM checkpoints ORDER BY round DESC LIMIT 1").fetchone()
         if row is None:
             return None
         round_number, file, digest, facts = row
@@ -104,9 +105,10 @@ class RunStore:
             raise Refused(f"{self._blobs / file}: the last checkpoint is damaged (its SHA-256 is not the one committed)")
         return Checkpoint(round_number, safetensors.numpy.load(data), json.loads(facts))
 
-    def metrics(self) -> Iterator[dict[str, Any]]:
+    def metrics(self) -> list[dict[str, Any]]:
         """The committed rounds' metrics, in order."""
-        return (json.loads(text) for (text,) in self._db.execute("SELECT metrics FROM rounds ORDER BY round"))
+        with _clear_errors(self._directory):
+            return [json.loads(text) for (text,) in self._db.execute("SELECT metrics FROM rounds ORDER BY round")]
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:

@@ -74,6 +74,8 @@ class RoundTask:
             raise Refused(
                 f"training configuration: key {error} is missing; the strategy must pass on the one it was given"
             ) from error
+        except (TypeError, ValueError) as error:
+            raise Refused("training configuration: the activation lists do not fit; the strategy must leave them alone") from error
 
 
 @dataclass(frozen=True)

@@ -347,7 +347,7 @@ def test_a_continuation_that_cannot_be_one_is_refused(scenario, tmp_path):
     assert (fewer.returncode, "has 3 rounds already" in fewer.stderr) == (2, True)
     (scenario.parent / "mine.py").write_text(DATA.replace("% 5", "// 360 % 5"))
     other = fedcore("simulate", scenario, "--out", out, "--resume", *settings(*values, "evaluation.every=0"))
-    assert (other.returncode, "its partition is another one now" in other.stderr) == (2, True)
+    assert (other.returncode, "has changed" in other.stderr) == (2, True)
 
 
 def test_the_engine_is_recorded_and_kept_on_resume(scenario, tmp_path):
@@ -363,3 +363,105 @@ def test_the_engine_is_recorded_and_kept_on_resume(scenario, tmp_path):
     simulate(scenario, tmp_path / "loop", "run.rounds=3", "quantization.enabled=false")
     loop, vmap = (metrics(folder)[-1] for folder in (tmp_path / "loop", out))
     assert vmap["train_loss"] == pytest.approx(loop["train_loss"], abs=1e-4)
+
+
+MISBEHAVING = """
+import numpy as np
+from flwr.app import Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+
+class Nothing(FedAvg):
+    def aggregate_train(self, server_round, replies):
+        return None
+
+class NoMessages(FedAvg):
+    def configure_train(self, *arguments):
+        return None
+
+class Stranger(FedAvg):
+    def configure_train(self, *arguments):
+        (message, *rest) = super().configure_train(*arguments)
+        return [Message(message.content, 99, "train"), *rest]
+
+class Raises(FedAvg):
+    def configure_train(self, *arguments):
+        yield from ()
+        raise KeyError("mine")
+
+class Clash(FedAvg):
+    def aggregate_train(self, server_round, replies):
+        arrays, _ = super().aggregate_train(server_round, replies)
+        return arrays, {"round": 77, "dropped": np.float32(1.5), "accuracy": float("nan"), "train_loss": 0.25}
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("Nothing", "aggregate_train must return (ArrayRecord, MetricRecord)"),
+        ("NoMessages", "failed in configure_train: TypeError"),
+        ("Stranger", "sent a message to node 99, which was not drawn"),
+        ("Raises", "failed in configure_train: KeyError: 'mine'"),
+    ],
+)
+def test_a_strategy_that_misbehaves_is_one_line(scenario, tmp_path, name, part):
+    (scenario.parent / "mine.py").write_text(MISBEHAVING)
+    done = fedcore("simulate", scenario, "--out", tmp_path / "run", *settings(f"strategy.name=mine:{name}"))
+    assert done.returncode in (1, 2)
+    (line,) = done.stderr.splitlines()
+    assert part in line
+
+
+def test_a_strategys_metrics_stand_apart_from_ours(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(MISBEHAVING)
+    out = tmp_path / "run"
+    simulate(scenario, out, "strategy.name=mine:Clash", "run.rounds=2")
+    assert [entry["round"] for entry in metrics(out)] == [1, 2]
+    assert metrics(out)[0]["strategy"] == {"round": 77.0, "dropped": 1.5, "accuracy": None}
+    assert metrics(out)[0]["train_loss"] == 0.25
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Mine(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.a, self.b = nn.Linear(64, 16), nn.Linear(16, classes)
+    def forward(self, x):
+        return self.b(torch.cumsum(torch.relu(self.a(x.flatten(1))), 1))
+"""
+
+
+def test_a_model_that_cannot_be_exported_still_finishes_and_says_why(scenario, tmp_path):
+    (scenario.parent / "mine.py").write_text(MODEL)
+    out = tmp_path / "run"
+    own = ["model.name=mine:Mine", "model.params={}", "run.rounds=2"]
+    scenario.write_text(SCENARIO.replace("params = { hidden = [16] }", ""))
+    done = simulate(scenario, out, *own)
+    result = json.loads((out / "result.json").read_text())
+    assert result["int8_accuracy"] is None
+    assert "cumsum" in result["onnx"]
+    assert "cumsum" in done.stdout
+    assert (out / "report.html").exists()
+    (scenario.parent / "mine.py").write_text(MODEL.replace("relu", "tanh"))
+    other = fedcore("simulate", scenario, "--out", out, "--resume", *settings(*own, "run.rounds=3"))
+    assert (other.returncode, "the model behind the run has changed" in other.stderr) == (2, True)
+
+
+def test_directories_that_are_no_place_for_a_run_are_refused(scenario, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "report.html").write_text("mine")
+    done = fedcore("simulate", scenario, "--out", foreign)
+    assert (done.returncode, "is not empty" in done.stderr) == (2, True)
+    assert (foreign / "report.html").read_text() == "mine"
+    assert fedcore("simulate", scenario, "--out", foreign / "report.html").returncode == 2
+    out = tmp_path / "[/run]"
+    simulate(scenario, out, "run.rounds=2", "run.name=[red]")
+    (out / "state.sqlite").unlink()
+    lost = fedcore("simulate", scenario, "--out", out, "--resume", *settings("run.rounds=3", "run.name=[red]"))
+    assert (lost.returncode, "state.sqlite that holds them is gone" in lost.stderr) == (2, True)
+    assert len(metrics(out)) == 2

@@ -154,6 +154,7 @@ def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
         difference = float(np.abs(coordinator.progress.master - (first.master + mean_update)).max())
         own, raw = [], []
         for number in range(2, rounds + 2):
+            start = coordinator.received(coordinator.progress)[1]  # both train from the same parameters
             began = time.perf_counter()
             next(progress)
             own.append(time.perf_counter() - began)

@@ -18,7 +18,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[server,data,dev]"
 	touch $@
 
-demo: $(READY) ## Federate the digits data set: about a minute
+demo: $(READY) ## Federate the digits data set: one to three minutes
 	$(BIN)/fedcore simulate simulations/scenarios/digits.toml
 
 test: $(READY) ## The test suite

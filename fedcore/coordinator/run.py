@@ -86,8 +86,6 @@ class FederatedRun:
         done, partition = self.coordinator.progress.round_number, self.directory / "partition.json"
         if done > self.config.run.rounds:
             raise Refused(f"--resume: run.rounds = {self.config.run.rounds}, but {self.directory} has {done} rounds already")
-        if not done and (self.directory / "metrics.jsonl").exists() and (self.directory / "metrics.jsonl").stat().st_size:
-            raise Refused(f"--resume: {self.directory} has finished rounds, but its state.sqlite that holds them is gone or empty")
         if done and partition.exists() and json.loads(partition.read_text())["digest"] != self.assembly.data.digest():
             raise Refused(f"--resume: the data behind {self.directory} has changed: its partition is another one now")
 
@@ -233,6 +231,8 @@ def _continued(config: RunConfig, directory: Path) -> RunConfig:
     """The configuration of a continuation: the recorded one, with what may change taken from ``config``."""
     if not (directory / "config.toml").exists():
         raise Refused(f"--resume: {directory} holds no run")
+    if _size(directory / "metrics.jsonl") and not _size(directory / "state.sqlite"):
+        raise Refused(f"--resume: {directory} has finished rounds, but its state.sqlite that holds them is gone or empty")
     recorded = load_config(directory / "config.toml")
     ours, theirs = config.tables(), recorded.tables()
     if ours["engine"]["name"] == "auto":
@@ -250,6 +250,10 @@ def _continued(config: RunConfig, directory: Path) -> RunConfig:
     for section, values in changed.items():
         recorded = recorded.replace(section, **values)
     return dataclasses.replace(recorded, folder=config.folder)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _partition(assembly: Assembly) -> Mapping[str, Any]:

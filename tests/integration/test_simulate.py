@@ -465,3 +465,18 @@ def test_directories_that_are_no_place_for_a_run_are_refused(scenario, tmp_path)
     lost = fedcore("simulate", scenario, "--out", out, "--resume", *settings("run.rounds=3", "run.name=[red]"))
     assert (lost.returncode, "state.sqlite that holds them is gone" in lost.stderr) == (2, True)
     assert len(metrics(out)) == 2
+
+
+def test_a_kill_before_the_first_commit_can_be_resumed(scenario, tmp_path):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    values = ["checkpoint.every=100", "run.rounds=100", "evaluation.federated_every=0"]
+    process = subprocess.Popen([*COMMAND, "simulate", scenario, "--out", torn, *settings(*values)], stdout=subprocess.DEVNULL)
+    wait_for_rounds(torn, 2, process)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    values[1] = "run.rounds=4"
+    done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings(*values))
+    assert done.returncode == 0, done.stderr
+    simulate(scenario, whole, *values)
+    assert last_checkpoint(torn) == last_checkpoint(whole)
+    assert untimed(torn) == untimed(whole)

@@ -22,13 +22,27 @@ import tomli_w
 from fedcore.errors import Refused
 
 __all__ = [
-    "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "QuantizationConfig",
-    "RunConfig", "RunSection", "StrategyConfig", "TrainingConfig", "WireConfig", "describe", "load_config", "parse_config",
+    "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "PrivacyConfig",
+    "QuantizationConfig", "RunConfig", "RunSection", "StrategyConfig", "TrainingConfig", "WireConfig", "describe", "load_config",
+    "parse_config",
 ]  # fmt: skip
 
 DATASETS = ("digits", "fashion-mnist", "smartwatch")
 MODELS = ("mlp", "cnn", "lenet", "dscnn", "imu_cnn")
 DRAWN_HERE = frozenset(("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes"))
+
+
+_OF_CLIENTS = (
+    "sampling", "adaptive_quantile", "adaptive_rate", "adaptive_noise", "loss_cap", "weight_cap", "max_participations",
+    "min_separation",
+)  # fmt: skip
+_OF_SHARES = ("minimum_survivors", "corrupt_fraction")
+_MEANINGLESS = {
+    ("example", "gaussian"): (*_OF_CLIENTS, *_OF_SHARES),
+    ("example", "skellam"): ("mechanism",),
+    ("client", "gaussian"): _OF_SHARES,
+}
+"""Keys of [privacy] that a unit's mechanism does not have."""
 
 
 def _key(
@@ -145,6 +159,47 @@ class WireConfig:
 
 
 @dataclass(frozen=True)
+class PrivacyConfig:
+    """[privacy], or one [[privacy]] for each unit"""
+
+    unit: str = _key("", "what is protected: one training example of a client, or a client with all it holds",
+                     choices=("example", "client"))  # fmt: skip
+    mechanism: str = _key(
+        "gaussian", "gaussian: noise on the device in each step (example), or on the sum by a trusted coordinator (client); "
+        "skellam: every client adds its share before the sum (client)", choices=("gaussian", "skellam"),
+    )  # fmt: skip
+    clipping_norm: float = _key(1.0, "L2 norm to which an example's gradient or a client's update is clipped", above=0, high=1e6)
+    noise_multiplier: float = _key(
+        0.0, "standard deviation of the noise in clipping norms; 0 = solved for target_epsilon", low=0, high=1e4
+    )
+    target_epsilon: float = _key(
+        0.0, "epsilon of the whole run, for which the noise is solved; 0 = noise_multiplier is given", low=0
+    )
+    delta: float = _key(0.0, "delta of the guarantee; well below one over the number of units protected", low=0, high=0.1)
+    budget: float = _key(0.0, "epsilon that the run ends before overspending; 0 = target_epsilon, or no limit", low=0)
+    sampling: str = _key(
+        "fixed", "how a cohort is drawn (client): fixed size, or poisson: one secret coin per client, which amplifies",
+        choices=("fixed", "poisson"),
+    )  # fmt: skip
+    adaptive_quantile: float = _key(
+        0.0, "clipping norm follows this quantile of the clients' update norms (client); 0 = fixed", low=0, high=0.99
+    )
+    adaptive_rate: float = _key(0.2, "learning rate of the adaptive clipping norm, per round", above=0, high=2)
+    adaptive_noise: float = _key(
+        0.0, "standard deviation of the noise on the count of unclipped clients; 0 = cohort.size / 20", low=0
+    )
+    loss_cap: float = _key(
+        0.0, "training loss, clipped to this, is released inside the noised vector (client); 0 = withheld", low=0
+    )
+    weight_cap: int = _key(0, "a client of n examples weighs min(n, cap) / cap, before clipping (client); 0 = 1", low=0)
+    minimum_survivors: int = _key(0, "replies for which the noise is sized (skellam); fewer fail the round; 0 = cohort.size", low=0)
+    corrupt_fraction: float = _key(0.0, "share of a cohort that may add no noise (skellam)", low=0, high=0.9)
+    max_participations: int = _key(0, "rounds of a population in which a client takes part at most (client); 0 = no cap", low=0)
+    min_separation: int = _key(1, "rounds from one participation of a client to its next (client)", low=1)
+    ledger: str = _key("", "ledger shared by runs over one population: a file, or redis://HOST:PORT/DB; empty = the run's own")
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """[engine]"""
 
@@ -175,13 +230,26 @@ class RunConfig:
     cohort: CohortConfig = CohortConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
+    privacy: tuple[PrivacyConfig, ...] = ()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     folder: Path = Path()
 
-    def tables(self) -> dict[str, dict[str, Any]]:
-        """The scenario as plain TOML tables, every key spelled out."""
-        return {section.name: dataclasses.asdict(getattr(self, section.name)) for section in _sections()}
+    def unit_privacy(self, unit: str) -> PrivacyConfig | None:
+        """What [privacy] says for a unit, or None."""
+        return next((one for one in self.privacy if one.unit == unit), None)
+
+    def tables(self) -> dict[str, Any]:
+        """The scenario as plain TOML tables, every key spelled out; [[privacy]] only where units are protected."""
+        values = {section.name: getattr(self, section.name) for section in _sections()}
+        tables = {name: dataclasses.asdict(value) for name, value in values.items() if name != "privacy"}
+        return tables | ({"privacy": [dataclasses.asdict(one) for one in self.privacy]} if self.privacy else {})
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``."""
+        tables = self.tables()
+        units = {f"privacy.{table['unit']}": table for table in tables.pop("privacy", ())}
+        return tables | units
 
     def to_toml(self) -> str:
         """The resolved scenario as TOML text; reading it back gives an equal configuration."""
@@ -225,9 +293,12 @@ def parse_config(tables: Mapping[str, Any], source: str, folder: Path) -> RunCon
     for name, table in tables.items():
         if name not in sections:
             raise Refused(f"{source}: unknown section [{name}]{_hint(name, sections)}; allowed: {', '.join(sections)}")
-        if not isinstance(table, Mapping):
-            raise Refused(f"{source}: [{name}] must be a table of keys, got {_show(table)}")
-        values[name] = _parse_section(type(sections[name].default), name, table, source)
+        listed = name == "privacy" and isinstance(table, list)
+        for one in table if listed else [table]:
+            if not isinstance(one, Mapping):
+                raise Refused(f"{source}: [{name}] must be a table of keys, got {_show(one)}")
+        parsed = [_parse_section(_kind(sections[name]), name, one, source) for one in (table if listed else [table])]
+        values[name] = tuple(parsed) if name == "privacy" else parsed[0]
     config = RunConfig(folder=folder, **values)
     for problem in _impossible(config):
         raise Refused(f"{source}: {problem}")
@@ -237,7 +308,7 @@ def parse_config(tables: Mapping[str, Any], source: str, folder: Path) -> RunCon
 def describe() -> Iterator[tuple[str, str, str, str, str]]:
     """Every key as (section, key, type and rule, default, meaning), in file order."""
     for section in _sections():
-        kind: Any = type(section.default)
+        kind: Any = _kind(section)
         kinds = typing.get_type_hints(kind)
         for key in fields(kind):
             default = key.default if key.default is not dataclasses.MISSING else {}
@@ -246,6 +317,10 @@ def describe() -> Iterator[tuple[str, str, str, str, str]]:
 
 def _sections() -> list[dataclasses.Field[Any]]:
     return [section for section in fields(RunConfig) if section.name != "folder"]
+
+
+def _kind(section: dataclasses.Field[Any]) -> type:
+    return PrivacyConfig if section.name == "privacy" else type(section.default)
 
 
 def _parse_section(kind: type, name: str, table: Mapping[str, Any], source: str) -> Any:
@@ -333,8 +408,26 @@ def _impossible(config: RunConfig) -> Iterator[str]:
         )
     if config.engine.name == "loop" and config.engine.device == "cuda" and config.engine.workers > 1:
         yield 'engine.name = "loop" on cuda runs in one process: set engine.workers = 1, or use "vmap"'
+    yield from _impossible_privacy(config)
     for key in sorted(DRAWN_HERE & set(config.strategy.params)):
         yield f"strategy.params.{key} cannot be set: fedcore draws the cohort; use cohort.size or cohort.evaluate_size"
+
+
+def _impossible_privacy(config: RunConfig) -> Iterator[str]:
+    """What the keys of [privacy] say against each other; `coordinator.privacy` refuses what would void the guarantee."""
+    for one in config.privacy:
+        if not one.unit:
+            yield 'privacy.unit must be given: "example" or "client"'
+        if bool(one.noise_multiplier) == bool(one.target_epsilon):
+            yield f"[privacy] of unit {one.unit}: give either noise_multiplier or target_epsilon"
+        if not one.delta:
+            yield f"[privacy] of unit {one.unit}: delta must be given, well below one over the number of {one.unit}s"
+        usual = PrivacyConfig()
+        for key in _MEANINGLESS.get((one.unit, one.mechanism), ()):
+            if getattr(one, key) != getattr(usual, key):
+                yield f'privacy.{key} has no meaning with unit = "{one.unit}", mechanism = "{one.mechanism}"'
+    if len({one.unit for one in config.privacy}) < len(config.privacy):
+        yield "[[privacy]]: each unit may be given once"
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> None:
@@ -348,7 +441,16 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         value = text.strip()
     table = tables
     for part in parts[:-1]:
+        if parts[0] == "privacy" and table.get("unit") == part:
+            continue
         table = table.setdefault(part, {})
+        if isinstance(table, list):
+            units = {one.get("unit"): one for one in table if isinstance(one, dict)}
+            if parts[1] not in units:
+                raise Refused(
+                    f"--set {override}: {part} has several units; write {part}.UNIT.key, UNIT one of {', '.join(map(str, units))}"
+                )
+            table = units[parts[1]]
         if not isinstance(table, dict):
             raise Refused(f"--set {override}: {part} is a value, not a table")
     table[parts[-1]] = value

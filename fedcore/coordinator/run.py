@@ -234,7 +234,9 @@ def _continued(config: RunConfig, directory: Path) -> RunConfig:
     if _size(directory / "metrics.jsonl") and not _size(directory / "state.sqlite"):
         raise Refused(f"--resume: {directory} has finished rounds, but its state.sqlite that holds them is gone or empty")
     recorded = load_config(directory / "config.toml")
-    ours, theirs = config.tables(), recorded.tables()
+    ours, theirs = config.settings(), recorded.settings()
+    if ours.keys() != theirs.keys():
+        raise Refused(f"--resume: the run in {directory} protects other units of [privacy] than the scenario")
     if ours["engine"]["name"] == "auto":
         ours["engine"]["name"] = theirs["engine"]["name"]
     if ours["engine"]["device"] == "auto":
@@ -246,6 +248,10 @@ def _continued(config: RunConfig, directory: Path) -> RunConfig:
                     f"--resume: {section}.{key} is {value!r}, the run in {directory} has {theirs[section][key]!r}; "
                     "a continued run may change only the number of rounds, workers, timeout and checkpoints"
                 )
+    if any(one.target_epsilon for one in recorded.privacy) and config.run.rounds != recorded.run.rounds:
+        raise Refused(
+            f"--resume: run.rounds = {config.run.rounds}, but privacy.target_epsilon was solved for {recorded.run.rounds} rounds"
+        )
     changed = {section: {key: ours[section][key] for key in keys} for section, keys in _MAY_CHANGE.items()}
     for section, values in changed.items():
         recorded = recorded.replace(section, **values)

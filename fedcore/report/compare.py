@@ -93,7 +93,7 @@ def compare_runs(directories: Sequence[Path]) -> Comparison:
         raise Refused("a comparison needs at least two run directories")
     runs = [read_run(directory) for directory in directories]
     rows = tuple(_row(run, label) for run, label in zip(runs, _labels(runs), strict=True))
-    settings = [dict(_flat(run.config.tables())) for run in runs]
+    settings = [dict(_flat(run.config.settings())) for run in runs]
     keys = dict.fromkeys(key for table in settings for key in table if key != "run.name")
     values = {key: tuple(table.get(key, ABSENT) for table in settings) for key in keys}
     differences = tuple(Difference(key, found) for key, found in values.items() if len(set(found)) > 1)

@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fedcore
-from fedcore.config import RunConfig, describe
+from fedcore.config import PrivacyConfig, RunConfig, describe
 from fedcore.errors import Refused, TryAgain
 from fedcore.report import Run, number, read_run
 from fedcore.report.charts import (
@@ -368,10 +368,12 @@ def _dropped(run: Run) -> dict[str, Any]:
 def _settings(config: RunConfig) -> dict[str, list[tuple[str, str, str, bool]]]:
     """Rows of (key, value, meaning, changed from its default) by section."""
     meanings = {(section, key): meaning for section, key, _, _, meaning in describe()}
-    usual = RunConfig().tables()
+    usual = RunConfig().settings() | dict.fromkeys(("privacy.example", "privacy.client"), asdict(PrivacyConfig()))
     return {
-        section: [(key, _value(value), meanings[section, key], value != usual[section][key]) for key, value in table.items()]
-        for section, table in config.tables().items()
+        section: [
+            (key, _value(value), meanings[section.split(".")[0], key], value != usual[section][key]) for key, value in table.items()
+        ]
+        for section, table in config.settings().items()
     }
 
 

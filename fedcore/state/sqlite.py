@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sqlite3
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS rounds (round INTEGER PRIMARY KEY, metrics TEXT NOT NULL)",
     """CREATE TABLE IF NOT EXISTS checkpoints
        (round INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL, facts TEXT NOT NULL)""",
+    "CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)",
 )
 
 
@@ -41,7 +43,10 @@ class Checkpoint:
 
 
 class RunStore:
-    """The durable state of one run directory; one coordinator at a time may hold it."""
+    """The durable state of one run directory; one coordinator at a time may hold it.
+
+    ``run_id`` names the run wherever several share something, as a privacy ledger; it is drawn once and survives resumption.
+    """
 
     def __init__(self, directory: Path) -> None:
         self._blobs = directory / "checkpoints"
@@ -54,7 +59,9 @@ class RunStore:
             self._db.execute("BEGIN EXCLUSIVE")  # held from here on, and released by the system if this process dies
             for statement in _SCHEMA:
                 self._db.execute(statement)
+            self._db.execute("INSERT INTO run SELECT ? WHERE NOT EXISTS (SELECT 1 FROM run)", (uuid.uuid4().hex,))
             self._db.execute("COMMIT")
+            (self.run_id,) = self._db.execute("SELECT id FROM run").fetchone()
         self._directory = directory
 
     def close(self) -> None:

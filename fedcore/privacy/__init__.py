@@ -1,0 +1,1 @@
+"""Differential privacy: mechanisms, their integer encoding for secure sums, and what the noise is drawn from."""

@@ -210,7 +210,7 @@ def pack(plan: SkellamPlan, integers: npt.NDArray[np.uint32]) -> bytes:
         raise Refused(f"a contribution to this plan has integers of {plan.bits} bits, got {integers.min()} to {integers.max()}")
     if plan.bits == 20:
         pairs = np.zeros(-(-plan.padded // 2), "<u8")
-        pairs |= integers[::2]
+        pairs |= integers[::2].astype(np.uint64)
         pairs[: plan.padded // 2] |= integers[1::2].astype(np.uint64) << np.uint64(20)
         return pairs.view(np.uint8).reshape(-1, 8)[:, :5].tobytes()[: plan.bytes]
     return integers.astype("<u4").view(np.uint8).reshape(-1, 4)[:, : plan.bits // 8].tobytes()

@@ -3,7 +3,7 @@
 Four answers exist and no more: try again, go on without that client, give the round up, or refuse the request.
 """
 
-__all__ = ["ClientFailure", "FedcoreError", "Refused", "RoundFailed", "TryAgain"]
+__all__ = ["BudgetSpent", "ClientFailure", "FedcoreError", "Refused", "RoundFailed", "TryAgain"]
 
 
 class FedcoreError(Exception):
@@ -24,3 +24,7 @@ class RoundFailed(FedcoreError):
 
 class Refused(FedcoreError):
     """The request itself is wrong (configuration, data, model); repeating it cannot help."""
+
+
+class BudgetSpent(Refused):
+    """What is asked would cost more privacy than is left; nothing was charged and the last model is intact."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedcore import __version__
+from fedcore import __version__, cli_privacy
 from fedcore.errors import FedcoreError, Refused
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ app = typer.Typer(
     name="fedcore", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
     help="Federated learning coordinator: simulate, fine-tune quantization-aware, aggregate, re-quantize.",
 )  # fmt: skip
+app.add_typer(cli_privacy.app, name="privacy")
 _INTERRUPTED, _NO_READER, _DEFECT = 130, 141, 70  # as shells and sysexits.h have them
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")]

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
-from urllib.parse import parse_qs, urlencode, urlsplit, urlunsplit
+from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -168,4 +168,4 @@ def _parse(url: str) -> tuple[str, str, str]:
     if len(populations) != 1 or not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", populations[0]):
         raise Refused(f"{shown}: needs ?population=NAME, letters, digits, dot, dash and underscore")
     query = urlencode({name: values[-1] for name, values in options.items()})
-    return populations[0], shown, urlunsplit((parts.scheme, parts.netloc, parts.path, query, ""))
+    return populations[0], shown, f"{parts.scheme}://{parts.netloc}{parts.path}{f'?{query}' if query else ''}"

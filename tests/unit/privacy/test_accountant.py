@@ -67,10 +67,10 @@ def by_dp_accounting(events, delta: float) -> float:
         pytest.param({GaussianRelease(0.5, 1e-3): 300}, 1e-7, marks=pytest.mark.slow),
         pytest.param({GaussianRelease(0.7, 0.02): 10}, 1e-5, marks=pytest.mark.slow),
         ({GaussianRelease(2.0, 0.1): 200}, 1e-5),
-        ({GaussianRelease(1.0, 0.5): 10}, 1e-6),
+        pytest.param({GaussianRelease(1.0, 0.5): 10}, 1e-6, marks=pytest.mark.slow),
         ({DpSgd(1.0, 10, 2): 5}, 1e-5),
         ({GaussianRelease(1.0, 0.05): 100, GaussianRelease(3.0): 2, GaussianRelease(1.2, 0.02): 50}, 1e-6),
-        ({DpSgd(1.0, 20, 1): 5, DpSgd(2.0, 10, 1): 3}, 1e-6),
+        pytest.param({DpSgd(1.0, 20, 1): 5, DpSgd(2.0, 10, 1): 3}, 1e-6, marks=pytest.mark.slow),
     ],
 )
 def test_the_grid_of_our_choice_gives_what_dp_accounting_gives_on_its_own(events, delta):
@@ -111,7 +111,7 @@ def with_batches(noise: float, batches: int, epochs: int, times: int) -> float:
 @pytest.mark.parametrize("noise", [0.5, 1.0, 3.0])
 def test_the_charge_for_dp_sgd_bounds_every_client_with_at_least_as_many_batches(noise, epochs, times):
     """Clients differ in their batches per epoch, the public minimum is charged for all of them."""
-    numbers = (1, 2, 3, 4, 6, 10, 20, 50, 200)
+    numbers = (1, 2, 3, 4, 6, 10, 50)
     charged = [epsilon({DpSgd(noise, number, epochs): times}, 1e-5) for number in numbers]
     exact = [with_batches(noise, number, epochs, times) for number in numbers]
     assert charged == sorted(charged, reverse=True)
@@ -134,8 +134,8 @@ def test_two_kinds_of_local_training_are_climbed_together():
     events = {DpSgd(0.6, 1, 1): 1, DpSgd(0.8, 2, 1): 1}
     tried = [
         epsilon({GaussianRelease(0.6, 1 / one): one, GaussianRelease(0.8, 1 / other): other}, 1e-5)
-        for one in range(1, 8)
-        for other in range(2, 8)
+        for one in range(1, 6)
+        for other in range(2, 6)
     ]
     assert epsilon(events, 1e-5) == pytest.approx(max(tried), rel=1e-9)
 

@@ -255,8 +255,9 @@ def test_a_history_that_forked_is_noticed(ledger, tmp_path):
     "changes",
     [
         {"run": ""}, {"run": 5}, {"round": -1}, {"round": 1.0}, {"round": True}, {"attempt": None}, {"unit": "person"},
-        {"unit": "example"}, {"clients": (1, 1)}, {"clients": (1.5,)}, {"clients": (True,)}, {"clients": ()}, {"time": "yesterday"}, {"time": None},
-        {"delta": 0}, {"delta": math.nan}, {"event": DpSgd(1.0, 5, 1), "unit": "client"}, {"event": SKELLAM, "clients": ()},
+        {"unit": "example"}, {"clients": (1, 1)}, {"clients": (1.5,)}, {"clients": (True,)}, {"clients": ()}, {"time": None},
+        {"time": "yesterday"}, {"delta": 0}, {"delta": math.nan}, {"event": DpSgd(1.0, 5, 1), "unit": "client"},
+        {"event": SKELLAM, "clients": ()},
     ],
 )  # fmt: skip
 def test_a_charge_that_is_none_is_refused_in_one_line(changes):

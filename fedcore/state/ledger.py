@@ -28,7 +28,7 @@ _SCHEMA = (
 
 
 def open_ledger(where: str | Path, *, write: bool = True) -> LedgerStore:
-    """The store at ``where``: a directory (its ledger.sqlite), a file, or a URL redis://, rediss:// or unix://.
+    """The store at ``where``: a directory that exists (its ledger.sqlite), a file, or a URL redis://, rediss:// or unix://.
 
     Raises:
         Refused: a URL that is not understood, nothing there to read, or a store that would not keep what it is given.
@@ -39,7 +39,7 @@ def open_ledger(where: str | Path, *, write: bool = True) -> LedgerStore:
 
         return RedisLedger(str(where), write=write)
     path = Path(where)
-    return SqliteLedger(path / LEDGER_FILE if path.is_dir() or (write and not path.suffix) else path, write=write)
+    return SqliteLedger(path / LEDGER_FILE if path.is_dir() else path, write=write)
 
 
 class SqliteLedger:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from datetime import datetime
 from typing import Any, Literal, Protocol
@@ -214,10 +214,10 @@ class Ledger:
             exposure.clients, exposure.most_participations, statement(self._events[unit]),
         )  # fmt: skip
 
-    def charges(self, start: int = 0) -> Iterator[Charge]:
-        """The facts from number ``start`` on, in order, read from the store."""
-        for entry in self._store.entries(start):
-            yield Charge.from_table(entry["charge"])
+    def charges(self, start: int = 0) -> list[Charge]:
+        """The facts from number ``start`` (the first is 0) on, in order, with those that others have written since."""
+        self._catch_up()
+        return [Charge.from_table(entry["charge"]) for entry in self._store.entries(start)[: self._position - start]]
 
     def close(self) -> None:
         """Release the store."""

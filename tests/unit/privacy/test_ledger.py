@@ -46,7 +46,9 @@ def test_a_charge_is_there_for_the_next_coordinator(ledger, tmp_path):
         charge(3, event=SKELLAM), charge(3, attempt=2, event=SKELLAM), charge(3, run="b", clients=("phone-1", 2**63)),
     ]  # fmt: skip
     assert [ledger.charge(one) for one in charges] == [True] * 6
-    assert list(again(tmp_path).charges()) == charges
+    assert again(tmp_path).charges() == charges
+    assert again(tmp_path).charges(4) == charges[4:]
+    assert again(tmp_path).charges(6) == ledger.charges(9) == []
     for unit in ("client", "example"):
         assert again(tmp_path).spending(unit) == ledger.spending(unit)
 

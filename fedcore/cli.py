@@ -7,21 +7,18 @@ import os
 import shlex
 import signal
 import sys
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from fedcore import __version__, cli_privacy
-from fedcore.errors import FedcoreError, Refused
+from fedcore.errors import Refused
+from fedcore.terminal import clear_errors, new_console
 
 if TYPE_CHECKING:
     from fedcore.report.compare import Comparison
@@ -33,7 +30,7 @@ app = typer.Typer(
     help="Federated learning coordinator: simulate, fine-tune quantization-aware, aggregate, re-quantize.",
 )  # fmt: skip
 app.add_typer(cli_privacy.app, name="privacy")
-_INTERRUPTED, _NO_READER, _DEFECT = 130, 141, 70  # as shells and sysexits.h have them
+_INTERRUPTED = 130  # as shells have it
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON lines for scripts instead of a picture.")]
@@ -62,8 +59,8 @@ def simulate(
 
     Ctrl-C, a crash or a kill lose at most the round in flight: continue with --resume, and the result is the same to the bit.
     """
-    console = _console()
-    with _errors(debug):
+    console = new_console()
+    with clear_errors(debug):
         from fedcore.config import load_config
         from fedcore.coordinator.run import SimulatedRun, next_directory
         from fedcore.display import follow
@@ -95,7 +92,7 @@ def runs(
     as_json: Json = False,
 ) -> None:
     """List the runs below ROOT: state, rounds, accuracy, size."""
-    with _errors():
+    with clear_errors():
         from fedcore.display import human_bytes
         from fedcore.report import list_runs
 
@@ -119,13 +116,13 @@ def runs(
             table.add_row(
                 str(one.directory), state, f"{one.done}/{one.planned}", *accuracies, size, f"{one.modified:%Y-%m-%d %H:%M}"
             )
-        _console().print(table if found else f"no runs below {root}")
+        new_console().print(table if found else f"no runs below {root}")
 
 
 @app.command()
 def report(directory: Annotated[Path, typer.Argument(help="A run directory, finished or not.", metavar="DIR")]) -> None:
     """Write DIR/report.html, one self-contained page with curves, data split, traffic and configuration."""
-    with _errors():
+    with clear_errors():
         from fedcore.report.page import write_report
 
         print(write_report(directory))
@@ -138,7 +135,7 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare runs: a table here, one HTML page with overlaid curves and the settings in which they differ."""
-    with _errors():
+    with clear_errors():
         from fedcore.report.compare import compare_runs, write_comparison
 
         comparison = compare_runs(directories)
@@ -149,7 +146,7 @@ def compare(
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Say what is installed, what is missing, what it would give and how to get it. Exit code 1 if simulations cannot run."""
-    with _errors():
+    with clear_errors():
         from fedcore.doctor import examine
 
         findings = examine()
@@ -170,7 +167,7 @@ def show_config(
     section: Annotated[str, typer.Argument(help="Only this section.", metavar="[SECTION]")] = "",
 ) -> None:
     """List every key that a scenario may set: what is allowed, the default, and what it means."""
-    with _errors():
+    with clear_errors():
         from fedcore.config import describe
 
         rows = [row for row in describe() if section in ("", row[0])]
@@ -179,48 +176,12 @@ def show_config(
         table = Table("key", "allowed", "default", "meaning", box=None, header_style="bold", padding=(0, 1))
         for name, key, allowed, default, meaning in rows:
             table.add_row(f"{name}.{key}", allowed, default, meaning)
-        _console().print(table)
+        new_console().print(table)
 
 
 def main() -> None:
     """Entry point."""
     app()
-
-
-def _console() -> Console:
-    """Tables keep their columns whole where the output is no terminal."""
-    console = Console(markup=False)
-    return console if console.is_terminal else Console(width=200, markup=False)
-
-
-@contextmanager
-def _errors(debug: bool = False) -> Iterator[None]:
-    """One line and an exit code for what fedcore raises on purpose: 2 for a wrong request, 1 for a failure on the way."""
-    try:
-        yield
-    except FedcoreError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(2 if isinstance(error, Refused) else 1) from None
-    except OSError as error:
-        if isinstance(error, BrokenPipeError):
-            os._exit(_NO_READER)  # the reader of our output has left, as in `fedcore runs | head`
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error.filename or 'output'}: {error.strerror}; what was committed is intact", file=sys.stderr)
-        raise typer.Exit(1) from None
-    except ModuleNotFoundError as error:
-        print(f"error: Python package {error.name} is not installed; fedcore doctor says how to get it", file=sys.stderr)
-        raise typer.Exit(2) from None
-    except click.exceptions.Exit:
-        raise
-    except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the way to the traceback
-        if debug:
-            traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        print(f"error: unexpected {text} (simulate --debug shows where)", file=sys.stderr)
-        raise typer.Exit(_DEFECT) from None
 
 
 def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> None:
@@ -237,12 +198,21 @@ def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> 
         "traffic": f"{human_bytes(result['bytes_up'])} up, {human_bytes(result['bytes_down'])} down",
         "model": ", ".join(f"{kind} {human_bytes(size)}" for kind, size in result["model_bytes"].items()),
         "dropped": f"{result['dropped']} client updates" if result["dropped"] else "",
+        **{f"epsilon, one {unit}": _spent(spent) for unit, spent in result.get("privacy", {}).items()},
+        "ended early": result.get("ended", ""),
         "report": str(directory / "report.html"),
     }
     for name, value in rows.items():
         if value:
             table.add_row(Text(name, style="bold"), value)
     console.print(table, highlight=False)
+
+
+def _spent(spent: dict[str, Any]) -> str:
+    """A unit's epsilon in both views."""
+    budget = f" of {spent['budget']:.4g} allowed" if spent["budget"] else ""
+    views = f"{spent['epsilon']:.4g}{budget}; {spent['epsilon_coordinator']:.4g} towards the coordinator"
+    return f"{views}; delta {spent['delta']:g}, noise multiplier {spent['noise_multiplier']:g}"
 
 
 def _kernels(result: dict[str, Any]) -> str:
@@ -259,7 +229,7 @@ def _print_comparison(comparison: Comparison, page: Path, *, as_json: bool) -> N
     if as_json:
         print(json.dumps(asdict(comparison), default=str))
         return
-    console = _console()
+    console = new_console()
     table = Table(
         "run", "strategy", "seed", "rounds", "accuracy", "int8", "up", "down", "clients/s", "time", box=None, padding=(0, 2)
     )

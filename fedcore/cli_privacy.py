@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedcore.errors import Refused
+from fedcore.terminal import clear_errors
 
 if TYPE_CHECKING:
     from fedcore.privacy.events import Event
@@ -132,9 +133,7 @@ def epsilon(
     dimension: Dimension = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """What a plan costs: epsilon of the published models, cross-checked, and towards someone who knows who took part."""
-    from fedcore.cli import _errors  # it registers these commands, so not at the top
-
-    with _errors():
+    with clear_errors():
         plan = Plan(unit, mechanism, population, cohort, rounds, batches, epochs, delta, participations, mu, dimension)
         found = _cost(plan, noise)
         if as_json:
@@ -153,9 +152,7 @@ def find_noise(
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """The smallest noise multiplier (4 digits, rounded up) whose epsilon stays within a target, and what it reaches."""
-    from fedcore.cli import _errors
-
-    with _errors():
+    with clear_errors():
         from fedcore.privacy.accountant import epsilon as cost
         from fedcore.privacy.accountant import solve_noise
 
@@ -185,9 +182,7 @@ def ledger(
     as_json: Json = False,
 ) -> None:
     """What a ledger has spent, for each unit: published models and coordinator's view side by side, and what they assume."""
-    from fedcore.cli import _errors
-
-    with _errors():
+    with clear_errors():
         from fedcore.privacy.ledger import UNITS, Ledger
         from fedcore.state.ledger import open_ledger
 

@@ -196,7 +196,8 @@ class PrivacyConfig:
     corrupt_fraction: float = _key(0.0, "share of a cohort that may add no noise (skellam)", low=0, high=0.9)
     max_participations: int = _key(0, "rounds of a population in which a client takes part at most (client); 0 = no cap", low=0)
     min_separation: int = _key(1, "rounds from one participation of a client to its next (client)", low=1)
-    ledger: str = _key("", "ledger shared by runs over one population: a file, or redis://HOST:PORT/DB; empty = the run's own")
+    ledger: str = _key("", "ledger shared by runs over one population: a file, or redis://HOST:PORT/DB?population=NAME "
+                       "(its password in the environment, FEDCORE_LEDGER_PASSWORD); empty = the run's own")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -422,6 +423,8 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
             yield f"[privacy] of unit {one.unit}: give either noise_multiplier or target_epsilon"
         if not one.delta:
             yield f"[privacy] of unit {one.unit}: delta must be given, well below one over the number of {one.unit}s"
+        if "://" in one.ledger and "@" in one.ledger:
+            yield "privacy.ledger: a scenario is no place for a password; put it into the environment as FEDCORE_LEDGER_PASSWORD"
         usual = PrivacyConfig()
         for key in _MEANINGLESS.get((one.unit, one.mechanism), ()):
             if getattr(one, key) != getattr(usual, key):
@@ -446,11 +449,11 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
         table = table.setdefault(part, {})
         if isinstance(table, list):
             units = {one.get("unit"): one for one in table if isinstance(one, dict)}
-            if parts[1] not in units:
+            if parts[1] not in units and len(units) > 1:
                 raise Refused(
                     f"--set {override}: {part} has several units; write {part}.UNIT.key, UNIT one of {', '.join(map(str, units))}"
                 )
-            table = units[parts[1]]
+            table = units.get(parts[1], table[0])
         if not isinstance(table, dict):
             raise Refused(f"--set {override}: {part} is a value, not a table")
     table[parts[-1]] = value

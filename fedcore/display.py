@@ -79,6 +79,7 @@ def _line(metrics: dict[str, Any], watch: _Watch) -> str:
         f"{metrics['timing']['clients_per_second']:.0f} clients/s",
         f"up {human_bytes(metrics['bytes_up'])}",
         f"down {human_bytes(metrics['bytes_down'])}",
+        *_privacy(metrics),
         f"left {watch.left(metrics['round'])}",
     ]
     return "  ".join(part for part in parts if part)
@@ -89,6 +90,16 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         return ""
     quantized = f" (quantized {metrics['fake_quant_accuracy']:.3f})" if "fake_quant_accuracy" in metrics else ""
     return f"accuracy {metrics['accuracy']:.3f}{quantized}"
+
+
+def _privacy(metrics: dict[str, Any]) -> list[str]:
+    """What each unit has spent, of what it may spend."""
+    spent = metrics.get("privacy", {})
+    return [
+        f"epsilon{f' ({unit})' if len(spent) > 1 else ''} {one['epsilon']:.3g}"
+        + (f" of {one['budget']:.3g}" if one["budget"] else "")
+        for unit, one in spent.items()
+    ]
 
 
 def _follow_live(run: SimulatedRun, console: Console) -> None:
@@ -115,14 +126,16 @@ def _bars(run: SimulatedRun, watch: _Watch) -> Progress:
 
 def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    for name in ("round", "cohort", "dropped", "train loss", "accuracy", "quantized", "clients/s", "up", "down"):
+    private = any("privacy" in metrics for metrics in recent)
+    names = ("round", "cohort", "dropped", "train loss", "accuracy", "quantized", "clients/s", "up", "down")
+    for name in (*names, "privacy") if private else names:
         table.add_column(name, justify="right")
     for metrics in recent:
         numbers = [_number(metrics, key) for key in ("train_loss", "accuracy", "fake_quant_accuracy")]
         rate = f"{metrics['timing']['clients_per_second']:.0f}"
         traffic = [human_bytes(metrics[key]) for key in ("bytes_up", "bytes_down")]
         counts = [f"{metrics['round']}/{watch.total}", str(metrics["cohort"]), str(len(metrics["dropped"]))]
-        table.add_row(*counts, *numbers, rate, *traffic)
+        table.add_row(*counts, *numbers, rate, *traffic, *([", ".join(_privacy(metrics))] if private else []))
     return table
 
 

@@ -31,6 +31,7 @@ from fedcore.models import ParameterLayout  # noqa: E402
 
 __all__ = [
     "METRICS",
+    "NOBODY",
     "Answer",
     "ClientGrid",
     "Facts",
@@ -45,6 +46,7 @@ __all__ = [
     "kind_of",
     "only_record",
     "seed_strategies",
+    "to_nobody",
     "to_record",
 ]  # fmt: skip
 
@@ -54,8 +56,13 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 Floats = npt.NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 _FACTS = "fedcore-facts"
+NOBODY = -1
+"""The node of a message about a cohort that happens to be empty."""
 METRICS = {MessageType.TRAIN: ("num-examples", "train_loss"), MessageType.EVALUATE: ("num-examples", "accuracy", "loss")}
-"""What a client reports to the strategy, by the type of the message that it answers; the strategy weights by the first."""
+"""What a client reports to the strategy, by the type of the message that it answers; the strategy weights by the first.
+
+Where anything is private a client reports the first alone: the others are exact numbers about its examples.
+"""
 
 
 def assume_identity() -> None:
@@ -110,6 +117,11 @@ def kind_of(message: Message) -> str:
     return kind
 
 
+def to_nobody(arrays: ArrayRecord, config: ConfigRecord) -> Message:
+    """The message about a cohort that happens to be empty, which is a round all the same."""
+    return Message(RecordDict({"arrays": arrays, "config": config}), NOBODY, MessageType.TRAIN)
+
+
 def check_addressees(messages: Sequence[Message], nodes: Sequence[int]) -> None:
     """Refuse what cannot be delivered.
 
@@ -142,7 +154,9 @@ def check_one_content(messages: Sequence[Message]) -> None:
 class Facts:
     """What a grid observed about the clients behind a reply; rides in the reply beside what the strategy reads.
 
-    ``accuracies``: one per evaluated client with its number of examples. Bytes are lengths of encoded payloads.
+    ``accuracies``: one per evaluated client with its number of examples. Bytes are lengths of encoded payloads. A release of unit
+    client names nobody: ``survivors`` counts contributions where that is public, ``unclipped`` is the noised share of them that
+    needed no clipping.
     """
 
     clients: tuple[int, ...] = ()
@@ -150,6 +164,8 @@ class Facts:
     bytes_up: int = 0
     bytes_down: int = 0
     accuracies: tuple[tuple[int, float, int], ...] = field(default=())
+    survivors: int | None = None
+    unclipped: float | None = None
 
     @classmethod
     def merge(cls, parts: Iterable[Facts]) -> Facts:
@@ -161,6 +177,8 @@ class Facts:
             sum(facts.bytes_up for facts in found),
             sum(facts.bytes_down for facts in found),
             tuple(sorted(entry for facts in found for entry in facts.accuracies)),
+            next((facts.survivors for facts in found if facts.survivors is not None), None),
+            next((facts.unclipped for facts in found if facts.unclipped is not None), None),
         )
 
 
@@ -214,6 +232,8 @@ def facts_of(reply: Message) -> Facts:
             int(table["bytes_up"]),
             int(table["bytes_down"]),
             tuple((int(client), float(accuracy), int(examples)) for client, accuracy, examples in table["accuracies"]),
+            None if table.get("survivors") is None else int(table["survivors"]),
+            None if table.get("unclipped") is None else float(table["unclipped"]),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"node {reply.metadata.src_node_id} sent facts that cannot be read") from error

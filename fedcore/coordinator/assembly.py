@@ -10,12 +10,14 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedcore.config import RunConfig
+from fedcore.coordinator.privacy import Protection, protect
 from fedcore.coordinator.strategy import build_strategy
 from fedcore.data import FederatedData, federate, load_dataset
 from fedcore.errors import Refused
 from fedcore.models import ParameterLayout, build_model, check_model, layout_of
 from fedcore.training.client import Clients
 from fedcore.training.engine import Engine, choose_engine
+from fedcore.training.per_example import check_per_example
 
 __all__ = ["Assembly", "assemble", "build_clients"]
 
@@ -29,6 +31,7 @@ class Assembly:
     model: nn.Module
     engine: Engine
     strategy: Strategy
+    protection: Protection = Protection()
 
     def origin(self) -> dict[str, list[float]]:
         """What data and initial model look like, to notice that a run is continued with others.
@@ -65,14 +68,17 @@ def assemble(config: RunConfig) -> Assembly:
     check_model(model, torch.from_numpy(sample.x), len(dataset.labels))
     engine = choose_engine(config.engine, model)
     resolved = config.replace("engine", name=engine.name, device=engine.device)
-    return Assembly(resolved, data, model, engine, strategy)
+    if config.unit_privacy("example"):
+        check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y))
+    protection = protect(config, data, strategy, layout_of(model, trainable=True).size)
+    return Assembly(resolved, data, model, engine, strategy, protection)
 
 
-def build_clients(assembly: Assembly) -> Clients:
-    """The clients of an assembled scenario, with a model of their own."""
+def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
+    """The clients of an assembled scenario, with a model of their own; ``real`` ones are not simulated."""
     config = assembly.config
     model = _model(config, assembly.data)
-    return Clients(model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update)
+    return Clients(model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real)
 
 
 def _model(config: RunConfig, data: FederatedData) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,10 +21,13 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedcore.coordinator.assembly import Assembly
-from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort
-from fedcore.errors import FedcoreError, Refused, RoundFailed
-from fedcore.flower import Facts, decode_state, encode_state, facts_of, from_record, seed_strategies, to_record
+from fedcore.coordinator.budget import Budget
+from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
+from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
+from fedcore.flower import Facts, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
+from fedcore.privacy.randomness import derive_key
+from fedcore.privacy.release import Release
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
 from fedcore.state.sqlite import Checkpoint, RunStore
@@ -40,9 +44,16 @@ _PERCENTILES = (5, 25, 50, 75, 95)
 
 
 class DrawnGrid(Protocol):
-    """A Flower Grid that shows only the clients drawn, ``nodes``; node ids in facts are client ids."""
+    """A Flower Grid that shows only the clients drawn, ``nodes``; node ids in facts are client ids.
+
+    ``observed``: who took part in a release, which its reply does not tell. ``simulated``: a round that is repeated gives the same
+    bits; else it draws new noise.
+    """
+
+    simulated: bool
 
     nodes: Sequence[int]
+    observed: Facts
 
     def get_node_ids(self) -> Iterable[int]:
         """As flwr.serverapp.Grid."""
@@ -56,21 +67,32 @@ class DrawnGrid(Protocol):
 @dataclass(frozen=True)
 class Progress:
     """What a commit holds beside the strategy's state: ``master`` [d] fp32, frozen activation ranges, and ``seen``: which
-    clients already hold the frozen parameters."""
+    clients already hold the frozen parameters. ``clipping_norm`` is that of the next release."""
 
     round_number: int
     master: Floats
     ranges: dict[str, ActivationRange]
     seen: npt.NDArray[np.bool_]
+    clipping_norm: float = 0.0
 
 
 class Coordinator:
-    """Runs the rounds of an assembled scenario over a grid; ``progress`` is the state after the last finished round."""
+    """Runs the rounds of an assembled scenario over a grid; ``progress`` is the state after the last finished round.
 
-    def __init__(self, assembly: Assembly, grid: DrawnGrid, store: RunStore) -> None:
+    ``budget`` stands where the scenario protects anything. ``ended`` says why the rounds ended before the last one planned.
+    """
+
+    def __init__(self, assembly: Assembly, grid: DrawnGrid, store: RunStore, budget: Budget | None = None) -> None:
         self.assembly, self.config, self.strategy = assembly, assembly.config, assembly.strategy
         self.layout = assembly.layout
         self.client_accuracies: Metrics | None = None
+        self.ended = ""
+        self._budget, self._client_unit = budget, assembly.protection.client
+        if self._client_unit and self._client_unit.config.mechanism == "skellam" and not grid.simulated:
+            raise Refused(
+                'privacy.mechanism = "skellam" protects only where the coordinator sees nothing but the sum; this grid shows it '
+                'every contribution, so use "gaussian", or simulate'
+            )
         self._grid, self._store, self._model = grid, store, assembly.model
         self._shown = cast("Grid", grid)  # strategies of Flower call no more of a Grid than a DrawnGrid has
         frozen = layout_of(self._model, trainable=False)
@@ -85,10 +107,19 @@ class Coordinator:
         Raises:
             RoundFailed: a round gave no usable model; the last commit holds the last good one.
             TryAgain: a commit could not be written.
+            BudgetSpent: not even the first round can be paid for.
         """
         uncommitted: list[Metrics] = []
         while self.progress.round_number < self.config.run.rounds:
-            progress, metrics = self._round(self.progress)
+            try:
+                progress, metrics = self._round(self.progress)
+            except BudgetSpent as spent:
+                if not self.progress.round_number:
+                    raise
+                self.ended = str(spent)
+                if uncommitted:
+                    self._commit(self.progress, uncommitted)
+                return
             uncommitted.append(metrics)
             due = progress.round_number % self.config.checkpoint.every == 0 or progress.round_number == self.config.run.rounds
             if due:
@@ -109,18 +140,23 @@ class Coordinator:
         if config.quantization.enabled and number == config.quantization.calibrate_round:
             progress = dataclasses.replace(progress, ranges=self._calibrate(progress))
         # 2. The strategy configures, the cohort trains, the strategy aggregates.
-        arrays, task = to_record(self.layout, progress.master), self._task(number, progress)
-        self._grid.nodes = draw_cohort(config.run.seed, number, len(self.assembly.data.clients), config.cohort.size, TRAIN)
+        release = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
+        arrays, task = to_record(self.layout, progress.master), self._task(number, progress, release)
+        self._grid.nodes = cohort = self._draw(number)
         messages = self._call(
             "configure_train", lambda: list(self.strategy.configure_train(number, arrays, _record(task), self._shown))
         )
-        if not messages:
+        if not messages and (cohort or not release):
             raise RoundFailed(f"strategy {config.strategy.name} asked no client to train")
-        replies, trained = self._exchange(messages)
+        self.assembly.protection.check_messages(messages, task, cohort)
+        if self._budget:
+            self._budget.charge(number, cohort, release)  # before anybody is asked to work
+        replies, trained = self._exchange(messages or [to_nobody(arrays, _record(task))])
         master, aggregated = self._aggregate(number, replies)
         clock.lap("train")
         # 3. Evaluate on the coordinator's test part, and on the clients.
-        new = dataclasses.replace(progress, round_number=number, master=master)
+        norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
+        new = dataclasses.replace(progress, round_number=number, master=master, clipping_norm=norm)
         last = number == config.run.rounds
         central = self.evaluate(new) if last or (config.evaluation.every and number % config.evaluation.every == 0) else {}
         federated: Metrics = {}
@@ -130,31 +166,54 @@ class Coordinator:
         clock.lap("evaluate")
         # 4. Account for the traffic; a client downloads the frozen parameters once.
         seen, frozen_down = self._first_downloads(progress.seen, trained, evaluated)
+        asked = len(trained.clients) + len(trained.dropped)
+        replied: int | None = len(trained.clients)
+        if release:  # nothing may tell who took part: as planned, and as if no client held the frozen parameters yet
+            asked, replied, frozen_down = release.cohort, trained.survivors, self._frozen_bytes * release.cohort
         metrics: Metrics = {
             "round": number,
-            "cohort": len(trained.clients) + len(trained.dropped),
-            "replies": len(trained.clients),
+            "cohort": asked,
+            "replies": replied,
             "dropped": [{"client": client, "reason": reason} for client, reason in trained.dropped],
             **aggregated,
             "update_norm": float(np.linalg.norm(master.astype(np.float64) - progress.master)),
             "quantized": bool(progress.ranges),
             **central,
             **federated,
+            **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
             "bytes_up": trained.bytes_up + evaluated.bytes_up,
             "bytes_down": trained.bytes_down + evaluated.bytes_down + frozen_down,
             "timing": clock.laps
-            | {"seconds": sum(clock.laps.values()), "clients_per_second": len(trained.clients) / clock.laps["train"]},
+            | {
+                "seconds": sum(clock.laps.values()),
+                "clients_per_second": (asked if replied is None else replied) / clock.laps["train"],
+            },
         }
         return dataclasses.replace(new, seen=seen), _finite(metrics)
 
-    def _task(self, number: int, progress: Progress) -> RoundTask:
-        training = self.config.training
+    def _draw(self, number: int) -> tuple[int, ...]:
+        """The round's cohort."""
+        seed, population, size = self.config.run.seed, len(self.assembly.data.clients), self.config.cohort.size
+        resting = self._budget.resting(number) if self._budget else ()
+        if self._client_unit and self._client_unit.rate:
+            key = derive_key("coins", seed, number) if self._grid.simulated else secrets.token_bytes(32)
+            return toss_coins(key, population, self._client_unit.rate, resting)
+        cohort = draw_cohort(seed, number, population, size, TRAIN, resting)
+        if len(cohort) < (size or population) and self._client_unit:
+            raise BudgetSpent(
+                f"round {number}: only {len(cohort)} of {size or population} clients may still take part; the others have reached "
+                "privacy.max_participations, or privacy.min_separation keeps them out"
+            )
+        return cohort
+
+    def _task(self, number: int, progress: Progress, release: Release | None = None) -> RoundTask:
+        training, example = self.config.training, self.assembly.protection.example
         plan = LocalPlan(
             training.epochs, training.batch_size, training.lr * training.lr_decay ** (number - 1), training.momentum,
-            training.weight_decay,
+            training.weight_decay, dp=example.plan if example else None,
         )  # fmt: skip
         norm = float(np.linalg.norm(progress.master.astype(np.float64)))
-        return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges)
+        return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges, release)
 
     def _exchange(self, messages: Sequence[Message]) -> tuple[list[Message], Facts]:
         replies = list(self._grid.send_and_receive(messages, timeout=self.config.cohort.timeout))
@@ -247,7 +306,8 @@ class Coordinator:
 
     def _begin(self) -> Progress:
         values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if p.requires_grad}
-        return Progress(0, self.layout.join(values), {}, np.zeros(len(self.assembly.data.clients), np.bool_))
+        norm = self._client_unit.config.clipping_norm if self._client_unit else 0.0
+        return Progress(0, self.layout.join(values), {}, np.zeros(len(self.assembly.data.clients), np.bool_), norm)
 
     def _commit(self, progress: Progress, metrics: Sequence[Metrics]) -> None:
         text, arrays = encode_state(self.strategy)
@@ -256,6 +316,7 @@ class Coordinator:
             "ranges": {name: [span.scale, span.zero_point] for name, span in progress.ranges.items()},
             "clients": self.client_accuracies,
             "origin": self._origin,
+            "clipping_norm": progress.clipping_norm,
         }
         held = {f"strategy/{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
         self._store.commit(Checkpoint(progress.round_number, held, facts), metrics, self.config.checkpoint.keep)
@@ -276,7 +337,9 @@ class Coordinator:
             if len(now) != len(values) or not np.allclose(values, now, rtol=1e-3, atol=1e-4):
                 raise Refused(f"--resume: the {part} behind the run has changed since it began")
         ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
-        return Progress(checkpoint.round_number, master, ranges, seen)
+        if self._budget:
+            self._budget.check_paid(checkpoint.round_number)
+        return Progress(checkpoint.round_number, master, ranges, seen, checkpoint.facts["clipping_norm"])
 
 
 class _Clock:

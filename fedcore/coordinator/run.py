@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +20,15 @@ import torch
 from fedcore import __version__
 from fedcore.config import RunConfig, load_config
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
+from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.errors import FedcoreError, Refused
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
+from fedcore.privacy.ledger import Ledger
 from fedcore.quantization.layers import set_activation_ranges
+from fedcore.state.ledger import open_ledger
 from fedcore.state.sqlite import RunStore
 from fedcore.training.evaluation import load_flat
 
@@ -30,6 +36,9 @@ __all__ = ["FederatedRun", "RunGrid", "SimulatedRun", "next_directory"]
 
 # What may differ between a run and its continuation: nothing that a committed round depended on.
 _MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout"}}
+
+
+_OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
 
 
 class RunGrid(DrawnGrid, Protocol):
@@ -63,7 +72,10 @@ class FederatedRun:
             if not resume:
                 _write(directory / "config.toml", self.config.to_toml())
             self._store = RunStore(directory)
-            self.coordinator = Coordinator(self.assembly, self.grid, self._store)
+            self._ledger = self._open_ledger()
+            protection, fresh = self.assembly.protection, not self.grid.simulated
+            budget = Budget(protection, self._ledger, self._store.run_id, fresh_noise=fresh) if self._ledger else None
+            self.coordinator = Coordinator(self.assembly, self.grid, self._store, budget)
             self._check_continuation()
             _write(directory / "config.toml", self.config.to_toml())
             _write(directory / "partition.json", json.dumps(_partition(self.assembly)))
@@ -80,6 +92,24 @@ class FederatedRun:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self.grid.close()
         self._store.close()
+        if self._ledger:
+            self._ledger.close()
+
+    def _open_ledger(self) -> Ledger | None:
+        """The ledger of what is protected; its population are the clients of exactly this partition."""
+        places = {one.ledger for one in self.config.privacy}
+        if not places:
+            return None
+        if len(places) > 1:
+            raise Refused(
+                f"[[privacy]]: one run has one ledger, not {' and '.join(sorted(place or 'its own' for place in places))}"
+            )
+        (place,) = places
+        local, password = place and "://" not in place, os.environ.get("FEDCORE_LEDGER_PASSWORD", "")
+        where = self.config.folder / place if local else place or self.directory
+        if "://" in place and password:
+            where = place.replace("://", f"://:{quote(password, safe='')}@", 1)
+        return Ledger(open_ledger(where), f"{self.config.data.dataset} {self.assembly.data.digest()}")
 
     def _check_continuation(self) -> None:
         """Refuse to go on from a commit that the scenario as it is now cannot have made."""
@@ -98,11 +128,21 @@ class FederatedRun:
         """Run the rounds that are left; each is in metrics.jsonl when it is yielded."""
         for metrics in self.coordinator.rounds():
             self._history.append(metrics)
+            if self.assembly.protection.client:
+                self._tell_operator(metrics["round"])
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             if self.coordinator.client_accuracies is not None and "federated" in metrics:
                 _write(self.directory / "clients.json", json.dumps(self.coordinator.client_accuracies))
             yield metrics
+
+    def _tell_operator(self, number: int) -> None:
+        """Append to a file that only its owner reads what a release keeps back, without which a failing client is never found."""
+        seen = self.grid.observed
+        told = {"round": number, "cohort": list(self.grid.nodes), "replies": len(seen.clients), "dropped": seen.dropped}
+        descriptor = os.open(self.directory / _OPERATOR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(json.dumps(told) + "\n")
 
     def finish(self) -> dict[str, Any]:
         """Write the model, ``result.json`` and ``report.html``; returns the result."""
@@ -120,9 +160,11 @@ class FederatedRun:
             "test_examples": len(self.assembly.data.dataset.test),
             "bytes_up": sum(entry["bytes_up"] for entry in self._history),
             "bytes_down": sum(entry["bytes_down"] for entry in self._history),
-            "clients_per_second": sum(entry["replies"] for entry in self._history) / sum(t["train"] for t in timings),
+            "clients_per_second": sum(_worked(entry) for entry in self._history) / sum(t["train"] for t in timings),
             "seconds": sum(timing["seconds"] for timing in timings),
             "dropped": sum(len(entry["dropped"]) for entry in self._history),
+            **({"ended": self.coordinator.ended} if self.coordinator.ended else {}),
+            **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,
             "engine_reason": self.assembly.engine.reason,
             "strategy_replies": "one mean reply" if self.grid.mean else "one reply per client",
@@ -136,6 +178,17 @@ class FederatedRun:
         _write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.directory)
         return result
+
+    def _guarantees(self, last: Metrics) -> dict[str, Any]:
+        """By unit what was spent, the noise that was used, and what each of the two numbers assumes."""
+        protection, found = self.assembly.protection, {}
+        for unit, spent in last["privacy"].items():
+            one = protection.example.plan if unit == "example" and protection.example else protection.client
+            spending = self._ledger.spending(unit) if self._ledger else None
+            found[unit] = spent | {"noise_multiplier": one.noise_multiplier if one else None}
+            if spending:
+                found[unit] |= {"participations": spending.participations, "statement": asdict(spending.statement)}
+        return found
 
     def _export(self) -> tuple[dict[str, int], dict[str, Any]]:
         """Write ``model/``: the wire format and ONNX; the int8 accuracy is that of ONNX Runtime's integer kernels."""
@@ -204,7 +257,13 @@ class SimulatedRun(FederatedRun):
 def _cohort(assembly: Assembly) -> CohortGrid:
     single = assembly.engine.device != "cpu"
     workers = 1 if single else assembly.config.engine.workers or available_workers()
-    return CohortGrid(build_clients(assembly), assembly.layout, mean=accepts_mean(assembly.strategy), workers=workers)
+    mean, released = accepts_mean(assembly.strategy), assembly.protection.released
+    return CohortGrid(build_clients(assembly), assembly.layout, mean=mean, workers=workers, released=released)
+
+
+def _worked(entry: Metrics) -> int:
+    """Clients of a round: those that replied, or those planned where the number of replies is withheld."""
+    return int(entry["cohort"] if entry["replies"] is None else entry["replies"])
 
 
 def next_directory(root: Path, name: str) -> Path:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedcore.flower import (
     METRICS,
+    NOBODY,
     Answer,
     ClientGrid,
     Facts,
@@ -25,6 +27,7 @@ from fedcore.flower import (
     to_record,
 )
 from fedcore.grids.pool import Doubles, WorkerPool
+from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
 from fedcore.training.client import SCORE_BYTES, Clients, RoundTask
@@ -66,16 +69,23 @@ class CohortGrid(ClientGrid):
     else one reply per client. A strategy hands in the fp32 master and gets back master + (local - received), where
     received = Q(master) is what a device would have decoded. ``nodes`` are the clients drawn for a round, ``clients_done``
     counts those whose work is finished, ``place`` says for the user where. With ``updates`` the arrays in a reply are
-    local - received alone.
+    local - received alone, or a client's contribution where a task has a release.
+
+    A release of up to ``released`` numbers is published with ``randomness``, by round. Its one reply says nothing of who took
+    part; ``observed`` does, to the operator.
     """
 
-    def __init__(self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False) -> None:
+    def __init__(
+        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False, released: int = 0
+    ) -> None:
         assume_identity()
         self.nodes: Sequence[int] = range(len(clients.data.clients))
         self.clients_done = 0
+        self.observed, self.simulated = Facts(), not clients.real
         self.mean, self._updates, self._layout, self._clients = mean, updates, layout, clients
         self.place = f"{workers} worker{'s' if workers > 1 else ''}"
-        self._pool = WorkerPool(workers, self._work, layout.size, layout.size)
+        self._size = max(layout.size, released)
+        self._pool = WorkerPool(workers, self._work, layout.size, self._size)
 
     def close(self) -> None:
         """End the worker processes."""
@@ -92,9 +102,9 @@ class CohortGrid(ClientGrid):
             RoundFailed: no client gave a usable reply, a worker died, or ``timeout`` seconds passed.
             Refused: messages that a mean cannot be taken over.
         """
-        self.clients_done = 0
+        self.clients_done, self.observed = 0, Facts()
         sent = list(messages)
-        check_addressees(sent, self.nodes)
+        check_addressees(sent, self.nodes or [NOBODY])
         if self.mean:
             check_one_content(sent)
         groups: dict[int, list[Message]] = {}
@@ -111,18 +121,30 @@ class CohortGrid(ClientGrid):
         blob = encode_model(self._layout.wire_tensors(master), task.ranges)
         self._pool.shared[:] = self._layout.join(decode_model(blob).tensors)
 
-        clients = [_node(message) for message in messages]
+        clients = [node for message in messages if (node := _node(message)) != NOBODY]
         units = _units(clients) if self.mean else [(client,) for client in clients]
         answers: list[Answer] = []
         dropped: list[Facts] = []
         for message, total, vector in self._sums(messages, [_Job(kind, unit, task) for unit in units], timeout):
+            if task.release and not self._updates:
+                self.observed = Facts.merge([self.observed, total.facts])
+                summed, survivors = vector[: task.release.size], len(total.facts.clients)
+                answers.append(publish(message, self._layout, task.release, summed, survivors, self._clients.noise(task)))
+                continue
             if not total.examples:
                 dropped.append(total.facts)
                 continue
-            update = vector / total.examples
-            local = to_record(self._layout, (update if self._updates else master + update).astype(np.float32))
-            answers.append(Answer(message, local if kind == MessageType.TRAIN else None, _metrics(kind, total), total.facts))
-        return answers, Facts.merge([Facts(bytes_down=len(blob) * len(messages)), *dropped])
+            arrays = self._arrays(task, master, vector, total.examples) if kind == MessageType.TRAIN else None
+            answers.append(Answer(message, arrays, _metrics(kind, total, private=task.private), total.facts))
+        asked = task.release.cohort if task.release else len(messages)
+        return answers, Facts.merge([Facts(bytes_down=len(blob) * asked), *dropped])
+
+    def _arrays(self, task: RoundTask, master: npt.NDArray[np.float32], vector: Doubles, examples: int) -> ArrayRecord:
+        """What a reply holds: the local model, or what the clients' own reply to a grid of a coordinator elsewhere holds."""
+        if task.release:
+            return ArrayRecord({CONTRIBUTION: Array(vector[: task.release.size])})
+        update = vector[: self._layout.size] / examples
+        return to_record(self._layout, (update if self._updates else master + update).astype(np.float32))
 
     def _sums(
         self, messages: Sequence[Message], jobs: Sequence[_Job], timeout: float | None
@@ -134,7 +156,7 @@ class CohortGrid(ClientGrid):
                 self.clients_done += 1
                 yield message, part, vector
             return
-        total, parts = np.zeros(self._layout.size), []
+        total, parts = np.zeros(self._size), []
         for job, (part, vector) in zip(jobs, results, strict=True):
             total += vector
             parts.append(part)
@@ -152,17 +174,21 @@ class CohortGrid(ClientGrid):
             facts = Facts(job.clients, bytes_up=SCORE_BYTES * len(scores), accuracies=accuracies)
             found = [score for _, score in scores]
             return _Sum(facts, sum(s.examples for s in found), sum(s.loss_sum for s in found), sum(s.correct for s in found))
-        weighted = torch.from_numpy(out)
+        weighted, release = torch.from_numpy(out), job.task.release
         good, dropped, examples, loss, up = [], [], 0, 0.0, 0
         for reply in self._clients.train(values, job.clients, job.task):
             up += reply.bytes_up
             if reply.update is None:
                 dropped.append((reply.client, reply.reason))
                 continue
-            weighted.add_(reply.update.cpu(), alpha=reply.examples)
+            good.append(reply.client)
+            if release and reply.contribution is not None:
+                out[: release.size] += release.accept(reply.contribution)
+                examples += 1
+                continue
+            weighted[: self._layout.size].add_(reply.update.cpu(), alpha=reply.examples)
             examples += reply.examples
             loss += reply.loss * reply.examples
-            good.append(reply.client)
         return _Sum(Facts(tuple(good), tuple(dropped), up), examples, loss)
 
 
@@ -172,10 +198,11 @@ def _node(message: Message) -> int:
 
 def _units(clients: Sequence[int]) -> list[tuple[int, ...]]:
     """At most `_UNITS` runs of consecutive clients, of sizes that differ by at most one."""
-    ends = [round(i * len(clients) / min(_UNITS, len(clients))) for i in range(min(_UNITS, len(clients)) + 1)]
+    count = min(_UNITS, len(clients))
+    ends = [round(i * len(clients) / max(1, count)) for i in range(count + 1)]
     return [tuple(clients[start:end]) for start, end in pairwise(ends)]
 
 
-def _metrics(kind: str, total: _Sum) -> dict[str, float]:
-    sums = [total.loss] if kind == MessageType.TRAIN else [total.correct, total.loss]
-    return dict(zip(METRICS[kind], [total.examples, *(value / total.examples for value in sums)], strict=True))
+def _metrics(kind: str, total: _Sum, *, private: bool) -> dict[str, float]:
+    sums = [] if private else [total.loss] if kind == MessageType.TRAIN else [total.correct, total.loss]
+    return dict(zip(METRICS[kind], [total.examples, *(value / total.examples for value in sums)], strict=not private))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,7 @@ from flwr.serverapp import Grid
 from fedcore.errors import ClientFailure, Refused, RoundFailed
 from fedcore.flower import (
     METRICS,
+    NOBODY,
     Answer,
     ClientGrid,
     Facts,
@@ -27,7 +30,9 @@ from fedcore.flower import (
     only_record,
     to_record,
 )
+from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
+from fedcore.privacy.release import Release
 from fedcore.training.client import RoundTask, why_unusable
 
 __all__ = ["SuperLinkGrid", "identity_content"]
@@ -44,12 +49,12 @@ def identity_content(partition: int) -> RecordDict:
 
 @dataclass(frozen=True)
 class _Part:
-    """A client's usable reply to ``message``; ``update`` [d] where it trained."""
+    """A client's usable reply to ``message``; ``update`` [d] where it trained, or its summand [size] under a release."""
 
     message: Message
     metrics: Mapping[str, float]
     facts: Facts
-    update: npt.NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    update: npt.NDArray[Any] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @property
     def examples(self) -> int:
@@ -73,6 +78,7 @@ class SuperLinkGrid(ClientGrid):
         assume_identity()
         self.nodes: Sequence[int] = range(clients)
         self.place = f"{clients} SuperNodes"
+        self.observed, self.simulated = Facts(), False
         self.mean, self._grid, self._layout = mean, grid, layout
         self._claims: dict[int, int | str] = {}  # by node: its partition id, or why it gave none
         self._node_of: dict[int, int] = {}
@@ -95,9 +101,28 @@ class SuperLinkGrid(ClientGrid):
         Raises:
             RoundFailed: no client gave a usable reply within ``timeout`` seconds.
         """
-        sent = list(messages)
+        self.observed, sent = Facts(), list(messages)
         if self.mean:
             check_one_content(sent)
+        if sent and (release := _task(sent[0]).release) and kind_of(sent[0]) == MessageType.TRAIN:
+            return self._publish(sent, release, timeout)
+        parts, dropped = self._parts(sent, timeout)
+        groups = [parts] if self.mean and parts else [[part] for part in parts]
+        return answer_all([self._together(group) for group in groups], Facts(dropped=dropped))
+
+    def _publish(self, sent: Sequence[Message], release: Release, timeout: float | None) -> list[Message]:
+        """The one reply of a round in which each client is protected; the noise comes from the operating system."""
+        parts, dropped = self._parts([message for message in sent if message.metadata.dst_node_id != NOBODY], timeout)
+        self.observed = Facts.merge([Facts(dropped=dropped), *(part.facts for part in parts)])
+        total = np.zeros(release.size)
+        for part in parts:
+            total += part.update
+        down = max((part.facts.bytes_down for part in parts), default=0)
+        answer = publish(sent[0], self._layout, release, total, len(parts), os.urandom)
+        return answer_all([answer], Facts(bytes_down=down * release.cohort))
+
+    def _parts(self, sent: Sequence[Message], timeout: float | None) -> tuple[list[_Part], tuple[tuple[int, str], ...]]:
+        """The usable replies in the order of clients, and the clients that gave none, with the reason."""
         replies = {reply.metadata.reply_to_message_id: reply for reply in self._grid.send_and_receive(sent, timeout=timeout)}
         clients = {node: client for client, node in self._node_of.items()}
         parts: list[_Part] = []
@@ -108,8 +133,7 @@ class SuperLinkGrid(ClientGrid):
                 parts.append(self._part(client, message, replies.get(message.metadata.message_id)))
             except ClientFailure as failure:
                 dropped.append((client, str(failure)))
-        groups = [parts] if self.mean and parts else [[part] for part in parts]
-        return answer_all([self._together(group) for group in groups], Facts(dropped=tuple(dropped)))
+        return parts, tuple(dropped)
 
     def _call_roll(self, clients: range, wait: float) -> None:
         """Find the node of every client."""
@@ -163,30 +187,35 @@ class SuperLinkGrid(ClientGrid):
         Raises:
             ClientFailure: there is none, or it cannot be used.
         """
-        kind, task = kind_of(message), RoundTask.from_table(only_record(message, ConfigRecord))
+        kind, task = kind_of(message), _task(message)
         if reply is None:
             raise ClientFailure("no reply within cohort.timeout")
         if reply.has_error():
             raise ClientFailure(f"its node failed: {reply.error.reason}")
         try:
-            metrics, told = _metrics(reply, kind), facts_of(reply)
+            metrics, told = _metrics(reply, METRICS[kind][: 1 if task.private else None]), facts_of(reply)
             if kind == MessageType.EVALUATE:
                 seen = (client, float(metrics["accuracy"]), int(metrics["num-examples"]))
                 return _Part(message, metrics, Facts((client,), (), told.bytes_up, told.bytes_down, (seen,)))
             (arrays,) = reply.content.array_records.values()
+            facts = Facts((client,), (), told.bytes_up, told.bytes_down)
+            if task.release:
+                return _Part(message, metrics, facts, task.release.accept(arrays[CONTRIBUTION].numpy()))
             update = from_record(self._layout, arrays)
         except Exception as error:  # a client may send anything, and harms nobody else by it
             raise ClientFailure(f"its reply cannot be used: {error}") from error
-        reason = why_unusable(float(np.linalg.norm(update.astype(np.float64))), metrics["train_loss"], task.max_update_norm)
+        reason = why_unusable(
+            float(np.linalg.norm(update.astype(np.float64))), metrics.get("train_loss", 0.0), task.max_update_norm
+        )
         if reason:
             raise ClientFailure(reason)
-        return _Part(message, metrics, Facts((client,), (), told.bytes_up, told.bytes_down), update)
+        return _Part(message, metrics, facts, update)
 
     def _together(self, parts: Sequence[_Part]) -> Answer:
         """One answer for several clients: sums in float64 and in the order of clients give the bits of a simulation."""
         message, examples = parts[0].message, sum(part.examples for part in parts)
         kind, master = kind_of(message), from_record(self._layout, only_record(message, ArrayRecord))
-        metrics = {name: sum(part.examples * part.metrics[name] for part in parts) / examples for name in METRICS[kind]}
+        metrics = {name: sum(part.examples * part.metrics[name] for part in parts) / examples for name in parts[0].metrics}
         metrics["num-examples"] = examples
         arrays = None
         if kind == MessageType.TRAIN:
@@ -195,6 +224,10 @@ class SuperLinkGrid(ClientGrid):
                 total += part.examples * part.update.astype(np.float64)
             arrays = to_record(self._layout, (master + total / examples).astype(np.float32))
         return Answer(message, arrays, metrics, Facts.merge(part.facts for part in parts))
+
+
+def _task(message: Message) -> RoundTask:
+    return RoundTask.from_table(only_record(message, ConfigRecord))
 
 
 def _identity(reply: Message) -> int | str:
@@ -206,11 +239,11 @@ def _identity(reply: Message) -> int | str:
     return partition if isinstance(partition, int) else "answered without a partition-id"
 
 
-def _metrics(reply: Message, kind: str) -> dict[str, int | float]:
+def _metrics(reply: Message, names: Sequence[str]) -> dict[str, int | float]:
     """The metrics that belong to a reply, and no others: Flower's strategies fail on replies with different ones."""
     (record,) = reply.content.metric_records.values()
     metrics = {}
-    for name in METRICS[kind]:
+    for name in names:
         value = record[name]
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ClientFailure(f"{name} is not a finite number")

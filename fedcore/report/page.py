@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ import fedcore
 from fedcore.config import PrivacyConfig, RunConfig, describe
 from fedcore.errors import Refused, TryAgain
 from fedcore.report import Run, number, read_run
+from fedcore.report.cards import FP32, Card, Tile, line_of
 from fedcore.report.charts import (
     ABSENT,
     POINTS,
@@ -39,34 +40,15 @@ from fedcore.report.charts import (
     stack_chart,
     thin,
 )
+from fedcore.report.privacy import privacy_cards, privacy_tiles, statements
 
 __all__ = ["render", "write_report"]
 
 _DROPPED_ROWS = 200
 _HEAT_COLUMNS, _HEAT_ROWS = 120, 100
 _DOTS = 1500
-_FP32, _INT8, _CLIENTS, _TRAINING = 1, 0, 2, 3
+_FP32, _INT8, _CLIENTS, _TRAINING = FP32, 0, 2, 3
 """Palette slots: a kind of number keeps its colour through the whole page."""
-
-
-@dataclass(frozen=True)
-class Tile:
-    """One number of the headline strip."""
-
-    label: str
-    value: str
-    note: str = ""
-    main: bool = False
-
-
-@dataclass(frozen=True)
-class Card:
-    """One chart; ``span`` is its width in sixths of the page."""
-
-    title: str
-    chart: Markup
-    note: str = ""
-    span: int = 3
 
 
 def write_report(directory: Path) -> Path:
@@ -77,11 +59,14 @@ def write_report(directory: Path) -> Path:
         TryAgain: the disk is full.
     """
     run = read_run(directory)
-    sections = [("Learning", _learning(run)), ("Clients", _clients(run)), ("Data", _data(run)), ("Cost", _cost(run))]
+    parts = {
+        "Learning": _learning(run), "Privacy": privacy_cards(run), "Clients": _clients(run), "Data": _data(run), "Cost": _cost(run),
+    }  # fmt: skip
     path = directory / "report.html"
     render(
         "report.html.j2", path,
-        run=run, subtitle=_subtitle(run), tiles=_tiles(run), sections=[section for section in sections if section[1]],
+        run=run, subtitle=_subtitle(run), tiles=_tiles(run), statements=statements(run),
+        sections=[(heading, cards) for heading, cards in parts.items() if cards],
         grouped=math.ceil(len(run.rounds) / POINTS), dropped=_dropped(run), settings=_settings(run.config), version=_version(run),
     )  # fmt: skip
     return path
@@ -151,7 +136,7 @@ def _tiles(run: Run) -> list[Tile]:
     )
     if "engine" in result:
         tiles.append(Tile("engine", str(result["engine"]), str(result.get("engine_reason", ""))))
-    return tiles + _model_tile(result)
+    return tiles + _model_tile(result) + privacy_tiles(run)
 
 
 def _model_tile(result: dict[str, Any]) -> list[Tile]:
@@ -193,9 +178,9 @@ def _learning(run: Run) -> list[Card]:
     y = axis(values, "accuracy", percent, top=1.0)
     note = "Test accuracy on the coordinator's test part." + (" Bands: how accuracy spreads over clients." if bands else "")
     cards = [Card("Accuracy", line_chart(x, y, accuracy, bands, frozen), note, 6)] if values else []
-    loss = [_line(run, ("train_loss",), "training, mean of clients", _TRAINING, short), *_curves(run, "loss", short)]
-    loss += [_line(run, ("federated", "loss"), "federated", _CLIENTS, short)]
-    norm = [_line(run, ("update_norm",), "aggregated update", _TRAINING, short)]
+    loss = [line_of(run, ("train_loss",), "training, mean of clients", _TRAINING, short), *_curves(run, "loss", short)]
+    loss += [line_of(run, ("federated", "loss"), "federated", _CLIENTS, short)]
+    norm = [line_of(run, ("update_norm",), "aggregated update", _TRAINING, short)]
     for title, lines in (("Loss", loss), ("Update norm", norm)):
         drawn = [one for one in lines if one.points]
         if drawn:
@@ -206,22 +191,10 @@ def _learning(run: Run) -> list[Card]:
 
 def _curves(run: Run, key: str, text: Text) -> list[Series]:
     lines = [
-        _line(run, (f"fake_quant_{key}",), "quantized, as clients receive it", _INT8, text),
-        _line(run, (key,), "fp32 master", _FP32, text),
+        line_of(run, (f"fake_quant_{key}",), "quantized, as clients receive it", _INT8, text),
+        line_of(run, (key,), "fp32 master", _FP32, text),
     ]
     return [one for one in lines if one.points]
-
-
-def _line(run: Run, keys: tuple[str, ...], label: str, color: int, text: Text) -> Series:
-    """A number of each round that has it, nested by ``keys``."""
-    points = []
-    for record in run.rounds:
-        table: Any = record
-        for key in keys[:-1]:
-            table = table.get(key, {})
-        value = number(table, keys[-1])
-        points += [(float(record["round"]), value)] if value is not None else []
-    return Series(label, color, [(x, y) for x, y in thin(points)], text(points[-1][1]) if points else "", dashed=color == _FP32)
 
 
 def _federated(run: Run) -> tuple[list[Band], list[Series]]:

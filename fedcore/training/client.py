@@ -6,8 +6,10 @@ The simulated grid's workers and the Flower ClientApp run this same code.
 from __future__ import annotations
 
 import math
+import os
+import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,17 +19,20 @@ from torch import Tensor, nn
 
 from fedcore.data import FederatedData
 from fedcore.errors import Refused
+from fedcore.privacy.randomness import RandomBytes, derive_key, keystream
+from fedcore.privacy.release import Contribution, Release
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, Update, decode_update, encode_update, update_length
 from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.evaluation import Score, evaluate, load_flat
-from fedcore.training.plan import ClientData, LocalPlan, LocalResult, client_rng
+from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, LocalResult, client_rng
 
 __all__ = ["DATA_ORDER", "SCORE_BYTES", "ClientReply", "Clients", "RoundTask", "why_unusable"]
 
 Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
-DATA_ORDER, _ROUNDING = 1, 2  # purposes of a client's generators
+DATA_ORDER, _ROUNDING, _STEP_NOISE = 1, 2, 3  # purposes of a client's randomness
+_RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
 
 @dataclass(frozen=True)
@@ -35,24 +40,43 @@ class RoundTask:
     """What the coordinator asks of every client in a round; travels as a flat table of scalars and lists.
 
     ``max_update_norm``: L2 norm above which an update counts as exploded. ``ranges``: frozen activation ranges by quantizer
-    name, empty before calibration.
+    name, empty before calibration. ``release``: how updates are summed where each client is protected.
     """
 
     round_number: int
     plan: LocalPlan
     max_update_norm: float
     ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
+    release: Release | None = None
 
     def to_table(self) -> dict[str, Any]:
         """The task as Flower ConfigRecord values, under the names that strategies may read and change."""
-        plan = {key.replace("_", "-"): value for key, value in asdict(self.plan).items()}
-        return plan | {
+        plan, dp = self.plan, self.plan.dp
+        private = {"example-clipping-norm": dp.clipping_norm, "example-noise-multiplier": dp.noise_multiplier} if dp else {}
+        return {
+            "epochs": plan.epochs,
+            "batch-size": plan.batch_size,
+            **{key.replace("_", "-"): getattr(plan, key) for key in _RATES},
+            **private,
+            **(self.release.to_table() if self.release else {}),
             "server-round": self.round_number,
             "max-update-norm": self.max_update_norm,
             "activation-names": list(self.ranges),
             "activation-scales": [span.scale for span in self.ranges.values()],
             "activation-zero-points": [span.zero_point for span in self.ranges.values()],
         }
+
+    @property
+    def private(self) -> bool:
+        """Whether exact numbers about a client's examples must stay on it."""
+        return self.release is not None or self.plan.dp is not None
+
+    def guarded(self) -> dict[str, Any]:
+        """The part of the table on which a privacy guarantee rests; empty without one. A strategy must leave it alone."""
+        keys = ["server-round"] if self.private else []  # noise is drawn anew for every round
+        keys += ["epochs", "batch-size", "example-clipping-norm", "example-noise-multiplier"] if self.plan.dp else []
+        table = self.to_table()
+        return {key: table[key] for key in keys} | (self.release.to_table() if self.release else {})
 
     @classmethod
     def from_table(cls, table: Mapping[str, Any]) -> RoundTask:
@@ -62,14 +86,17 @@ class RoundTask:
             Refused: a key is missing or has a value that training cannot use.
         """
         try:
+            private = [_number(table, key) for key in ("example-clipping-norm", "example-noise-multiplier") if key in table]
             plan = LocalPlan(
                 epochs=_positive(table, "epochs"),
                 batch_size=_positive(table, "batch-size"),
-                **{name.replace("-", "_"): _number(table, name) for name in ("lr", "momentum", "weight-decay", "proximal-mu")},
+                dp=DpSgdPlan(*private) if private else None,
+                **{key: _number(table, key.replace("_", "-")) for key in _RATES},
             )
             columns = (table["activation-names"], table["activation-scales"], table["activation-zero-points"])
             ranges = {str(name): ActivationRange(float(s), int(z)) for name, s, z in zip(*columns, strict=True)}
-            return cls(_positive(table, "server-round"), plan, _number(table, "max-update-norm"), ranges)
+            number, limit = _positive(table, "server-round"), _number(table, "max-update-norm")
+            return cls(number, plan, limit, ranges, Release.from_table(table))
         except KeyError as error:
             raise Refused(
                 f"training configuration: key {error} is missing; the strategy must pass on the one it was given"
@@ -80,7 +107,10 @@ class RoundTask:
 
 @dataclass(frozen=True)
 class ClientReply:
-    """A client's answer as the coordinator decoded it; ``reason`` says why it is unusable (then ``update`` is None)."""
+    """A client's answer as the coordinator decoded it; ``reason`` says why it is unusable (then ``update`` is None).
+
+    Where the task has a release, ``contribution`` is all that the client sends; the rest never leaves it.
+    """
 
     client: int
     examples: int
@@ -88,16 +118,23 @@ class ClientReply:
     update: Tensor | None
     reason: str
     bytes_up: int
+    contribution: Contribution | None = None
 
 
 class Clients:
-    """The work of clients that hold ``data``; owns one model, on the engine's device."""
+    """The work of clients that hold ``data``; owns one model, on the engine's device.
 
-    def __init__(self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str) -> None:
+    Simulated clients draw all that is random from ``seed``, round and client. ``real`` ones draw what protects them from the
+    operating system.
+    """
+
+    def __init__(
+        self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str, real: bool = False
+    ) -> None:
         self.model = model.to(engine.device)
         self.trainer = make_trainer(engine, self.model)
         self.device = torch.device(engine.device)
-        self.data, self.seed, self.encoding = data, seed, encoding
+        self.data, self.seed, self.encoding, self.real = data, seed, encoding, real
         self._ranges: Mapping[str, ActivationRange] = {}
 
     def train(self, start: Tensor, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
@@ -131,19 +168,37 @@ class Clients:
 
     def _examples(self, client: int, task: RoundTask) -> ClientData:
         examples = self.data.dataset.train.take(self.data.clients[client])
-        rng = client_rng(self.seed, task.round_number, client, DATA_ORDER)
-        return ClientData(client, self._tensor(examples.x), self._tensor(examples.y), rng)
+        secret = self.real and task.plan.dp is not None
+        order, noise = (
+            np.random.default_rng(secrets.randbits(256)) if secret else client_rng(self.seed, task.round_number, client, purpose)
+            for purpose in (DATA_ORDER, _STEP_NOISE)
+        )
+        return ClientData(client, self._tensor(examples.x), self._tensor(examples.y), order, noise)
+
+    def _randomness(self, client: int, task: RoundTask) -> RandomBytes:
+        """Where a client's share of the noise comes from."""
+        return os.urandom if self.real else keystream(derive_key("share", self.seed, task.round_number, client))
+
+    def noise(self, task: RoundTask) -> RandomBytes:
+        """Where the noise comes from that a trusted coordinator adds to the sum of a round."""
+        return os.urandom if self.real else keystream(derive_key("sum", self.seed, task.round_number))
 
     def _reply(self, result: LocalResult, task: RoundTask) -> ClientReply:
-        reason = why_unusable(float(torch.linalg.vector_norm(result.update)), result.loss, task.max_update_norm)
+        # Under DP-SGD the loss stays on the client: it is exact, and also nan for a client that happened to draw no example.
+        loss = 0.0 if task.plan.dp else result.loss
+        reason = why_unusable(float(torch.linalg.vector_norm(result.update)), loss, task.max_update_norm)
         if reason:
             return self._failed(result.client, reason)
+        if task.release:
+            random = self._randomness(result.client, task)
+            contribution = task.release.contribution(result.update.cpu().numpy(), result.examples, loss, random)
+            return ClientReply(result.client, result.examples, loss, result.update, "", task.release.bytes, contribution)
         update, length = result.update, update_length(result.update.numel(), self.encoding)
         if self.encoding != "float32":
             rng = client_rng(self.seed, task.round_number, result.client, _ROUNDING)
-            sent = encode_update(Update(update.cpu().numpy(), result.examples, result.loss), self.encoding, rng)
+            sent = encode_update(Update(update.cpu().numpy(), result.examples, loss), self.encoding, rng)
             update, length = torch.from_numpy(decode_update(sent).values), len(sent)
-        return ClientReply(result.client, result.examples, result.loss, update, "", length)
+        return ClientReply(result.client, result.examples, loss, update, "", length)
 
     def _failed(self, client: int, reason: str) -> ClientReply:
         return ClientReply(client, len(self.data.clients[client]), math.nan, None, reason, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,32 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-__all__ = ["ClientData", "LocalPlan", "LocalResult", "LocalTrainer", "batch_order", "client_rng"]
+from fedcore.errors import Refused
+
+__all__ = [
+    "ClientData", "DpSgdPlan", "LocalPlan", "LocalResult", "LocalTrainer", "batch_order", "client_rng", "poisson_batches",
+    "poisson_schedule",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DpSgdPlan:
+    """What DP-SGD adds to local training, with one example as the unit (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
+
+    Every example's gradient is clipped to the L2 norm ``clipping_norm`` over all trainable parameters together; the sum of a
+    step receives Gaussian noise of standard deviation ``noise_multiplier * clipping_norm`` in every coordinate.
+
+    Raises:
+        Refused: one of the two is not a finite number above zero.
+    """
+
+    clipping_norm: float
+    noise_multiplier: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("clipping_norm", self.clipping_norm), ("noise_multiplier", self.noise_multiplier)):
+            if not (math.isfinite(value) and value > 0):
+                raise Refused(f"DP-SGD: {name} must be a finite number above 0, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -18,7 +44,8 @@ class LocalPlan:
     """One round's local work, the same for every client: SGD on mean cross-entropy.
 
     ``proximal_mu`` weighs FedProx's term mu / 2 * ||w - w_start||^2 (Li et al. 2020, arXiv:1812.06127). Momentum and weight
-    decay are those of torch.optim.SGD.
+    decay are those of torch.optim.SGD. With ``dp`` every step draws a Poisson batch (`poisson_schedule`) and its gradient is
+    the noised sum of clipped gradients divided by ``batch_size``; the rest of the step works on that gradient as before.
     """
 
     epochs: int
@@ -27,21 +54,30 @@ class LocalPlan:
     momentum: float = 0.0
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
+    dp: DpSgdPlan | None = None
 
 
 @dataclass(frozen=True)
 class ClientData:
-    """A client's examples, x [n, ...] and y [n], and the generator that orders them."""
+    """A client's examples, x [n, ...] and y [n], and the generator ``rng`` that orders them or tosses the Poisson coins.
+
+    ``noise_rng`` keys the noise of DP-SGD. On a device both generators are seeded from the operating system's CSPRNG: whoever
+    can guess either one's state undoes the privacy of the round.
+    """
 
     client: int
     x: Tensor
     y: Tensor
     rng: np.random.Generator
+    noise_rng: np.random.Generator | None = None
 
 
 @dataclass(frozen=True)
 class LocalResult:
-    """``update`` [d] = local minus received trainable parameters; ``loss`` is the mean over all examples trained on."""
+    """``update`` [d] = local minus received trainable parameters; ``loss`` is the mean over all examples trained on, nan if none.
+
+    Under DP-SGD only ``update`` is private: ``loss`` is the exact loss of the drawn examples and must not leave the client.
+    """
 
     client: int
     update: Tensor
@@ -67,3 +103,21 @@ def client_rng(seed: int, round_number: int, client: int, purpose: int) -> np.ra
 def batch_order(examples: int, plan: LocalPlan, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
     """The order of examples, one permutation [n] per epoch; a batch is the next ``batch_size`` of them, the last may be short."""
     return [rng.permutation(examples) for _ in range(plan.epochs)]
+
+
+def poisson_schedule(examples: int, plan: LocalPlan) -> tuple[float, int]:
+    """Sampling rate and number of steps of a client's round of DP-SGD: 1 / m and epochs * m, m = ceil(examples / batch_size).
+
+    ``examples`` is taken to be public. Without examples there are no steps.
+    """
+    batches = -(-examples // plan.batch_size)
+    return (1 / batches if batches else 0.0), plan.epochs * batches
+
+
+def poisson_batches(examples: int, plan: LocalPlan, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:
+    """The examples of every step of a round of DP-SGD, ascending: each is drawn with the rate of `poisson_schedule`, independently.
+
+    A batch may be empty or larger than ``batch_size``; it is never truncated.
+    """
+    rate, steps = poisson_schedule(examples, plan)
+    return [np.flatnonzero(rng.random(examples) < rate) for _ in range(steps)]

@@ -31,7 +31,8 @@ def identify(message: Message, context: Context) -> Message:
 def work(message: Message, context: Context) -> Message:
     """Do what a simulated client does, as a cohort of one: receive Q(master), train or evaluate, reply update and metrics."""
     assembly = assemble(load_scenario(context))
-    cohort = CohortGrid(build_clients(assembly), assembly.layout, mean=False, workers=1, updates=True)
+    clients, released = build_clients(assembly, real=True), assembly.protection.released
+    cohort = CohortGrid(clients, assembly.layout, mean=False, workers=1, updates=True, released=released)
     (reply,) = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])
     return Message(reply.content, reply_to=message)
 

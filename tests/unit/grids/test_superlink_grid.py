@@ -1,3 +1,4 @@
+import dataclasses
 import importlib
 import math
 from dataclasses import dataclass, field
@@ -7,14 +8,18 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
 
-from fedcore.config import RunConfig
+from fedcore.config import PrivacyConfig, RunConfig
+from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.run import FederatedRun, SimulatedRun
 from fedcore.coordinator.strategy import accepts_mean
-from fedcore.errors import FedcoreError, Refused, RoundFailed
+from fedcore.errors import FedcoreError, Refused, RoundFailed, TryAgain
 from fedcore.flower import assume_identity, facts_of, to_record
 from fedcore.grids import superlink
 from fedcore.grids.superlink import SuperLinkGrid, identity_content
 from fedcore.models import ParameterLayout
+from fedcore.privacy.ledger import Ledger
+from fedcore.privacy.release import plan_release
+from fedcore.state.ledger import open_ledger
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 
@@ -272,6 +277,86 @@ def test_the_flower_app_gives_the_bits_of_a_simulation(scenario, tmp_path, monke
             assert one["federated"] == pytest.approx(other["federated"])
     for name in ("accuracy", "int8_accuracy", "bytes_up", "bytes_down", "strategy_replies"):
         assert result[name] == expected[name]
+
+
+CLIENT = {"unit": "client", "noise_multiplier": 0.01, "delta": 1e-3, "loss_cap": 5.0}
+EXAMPLE = {"unit": "example", "noise_multiplier": 0.01, "delta": 1e-4}
+
+
+@pytest.mark.parametrize(
+    "units", [(CLIENT,), (EXAMPLE,), ({**CLIENT, "loss_cap": 0.0}, EXAMPLE)], ids=["client", "example", "both"]
+)
+def test_private_rounds_over_a_superlink_are_those_of_a_simulation_but_for_their_noise(scenario, tmp_path, monkeypatch, units):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "clients" / "flower"))
+    config = scenario("data.clients=3", "run.rounds=2", "quantization.enabled=false")
+    config = dataclasses.replace(config, privacy=tuple(PrivacyConfig(**unit) for unit in units))
+    link = Link({500 - place: client_app(config, tmp_path, place) for place in range(3)})
+
+    def connect(assembly):
+        return SuperLinkGrid(link, 3, assembly.layout, mean=accepts_mean(assembly.strategy), wait=0)
+
+    start = assemble(config).model.state_dict()
+    with FederatedRun(config, tmp_path / "link", connect, resume=False) as over_link:
+        first = list(over_link.rounds())
+        over_link.finish()
+    with SimulatedRun(config, tmp_path / "simulated", resume=False) as simulated:
+        second = list(simulated.rounds())
+    origin = over_link.coordinator.layout.join({name: value.numpy() for name, value in start.items()})
+    moved = [run.coordinator.progress.master - origin for run in (over_link, simulated)]
+    assert np.corrcoef(*moved)[0, 1] > 0.8, "the same training"
+    assert (moved[0] != moved[1]).all(), "noise of its own, from the operating system"
+    for one, other in zip(first, second, strict=True):
+        assert one["privacy"] == other["privacy"]
+        assert (one["train_loss"] is None) == (units[0].get("loss_cap", 0.0) == 0.0)
+        assert (one["cohort"], one["replies"], one["dropped"]) == (other["cohort"], other["replies"], [])
+    with pytest.raises(Refused, match="already"):
+        FederatedRun(config, tmp_path / "link", connect, resume=False)
+
+
+def test_a_round_that_is_repeated_with_new_noise_is_charged_again(scenario, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "clients" / "flower"))
+    config = scenario("data.clients=3", "run.rounds=1", "quantization.enabled=false")
+    config = dataclasses.replace(config, privacy=(PrivacyConfig(**{**CLIENT, "noise_multiplier": 1.0}),))
+    link = Link({500 - place: client_app(config, tmp_path, place) for place in range(3)})
+
+    def connect(assembly):
+        return SuperLinkGrid(link, 3, assembly.layout, mean=True, wait=0)
+
+    with FederatedRun(config, tmp_path / "link", connect, resume=False) as run, monkeypatch.context() as broken:
+        broken.setattr(run._store, "commit", lambda *_: (_ for _ in ()).throw(TryAgain("disk full")))
+        with pytest.raises(TryAgain):
+            list(run.rounds())
+    with FederatedRun(config, tmp_path / "link", connect, resume=True) as run:
+        list(run.rounds())
+        result = run.finish()
+    attempts = [(charge.round, charge.attempt) for charge in Ledger(open_ledger(tmp_path / "link", write=False)).charges()]
+    assert attempts == [(1, 0), (1, 1)]
+    assert result["privacy"]["client"]["participations"] == 2
+
+
+def test_shares_of_noise_are_refused_where_the_coordinator_sees_each(scenario, tmp_path):
+    config = dataclasses.replace(
+        scenario("data.clients=3"), privacy=(PrivacyConfig("client", "skellam", noise_multiplier=1.0, delta=1e-3),)
+    )
+    link = Link({500 - place: node(place) for place in range(3)})
+
+    def connect(assembly):
+        return SuperLinkGrid(link, 3, assembly.layout, mean=True, wait=0)
+
+    with pytest.raises(Refused, match="nothing but the sum"):
+        FederatedRun(config, tmp_path / "link", connect, resume=False)
+
+
+def test_a_node_that_sends_no_contribution_is_dropped_and_named_to_the_operator_alone():
+    grid, _ = grid_of(node(0, 0.5), node(1, 0.5))
+    grid.mean = True
+    release = plan_release(6, 1.0, 1e-9, 2)
+    task = RoundTask(1, LocalPlan(1, 8, 0.1), 100.0, release=release)
+    content = RecordDict({"arrays": to_record(LAYOUT, MASTER), "config": ConfigRecord(task.to_table())})
+    (reply,) = grid.send_and_receive([Message(content, one, MessageType.TRAIN) for one in grid.get_node_ids()], timeout=1)
+    np.testing.assert_allclose(models([reply])[0], MASTER, atol=1e-6)
+    assert facts_of(reply).dropped == ()
+    assert [client for client, _ in grid.observed.dropped] == [0, 1]
 
 
 def test_a_node_without_partition_id_says_how_to_start_it(scenario, tmp_path, monkeypatch):

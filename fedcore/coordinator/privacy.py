@@ -1,0 +1,196 @@
+"""What [privacy] asks of a run: the noise solved, a plan for every round, and the facts that its ledger must hold.
+
+The formulas lie in fedcore.privacy; here is decided which of them a scenario may claim.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from flwr.app import ConfigRecord, Message
+from flwr.serverapp.strategy import Strategy
+
+from fedcore.config import PrivacyConfig, RunConfig
+from fedcore.coordinator.voiding import what_voids
+from fedcore.data import FederatedData
+from fedcore.errors import Refused
+from fedcore.flower import only_record
+from fedcore.privacy.accountant import DpSgd, GaussianRelease, SkellamRelease, solve_noise
+from fedcore.privacy.ledger import Charge
+from fedcore.privacy.mechanisms import adapt
+from fedcore.privacy.randomness import derive_key
+from fedcore.privacy.release import Release, plan_release
+from fedcore.training.client import RoundTask
+from fedcore.training.plan import DpSgdPlan
+
+__all__ = ["ClientUnit", "ExampleUnit", "Protection", "protect"]
+
+
+@dataclass(frozen=True)
+class ExampleUnit:
+    """One example of a client is protected by DP-SGD on the client.
+
+    ``batches``: the smallest number of batches an epoch has on any client. Epsilon falls with that number, so a round is
+    charged as if every client had this many.
+    """
+
+    config: PrivacyConfig
+    plan: DpSgdPlan
+    batches: int
+    epochs: int
+
+    @property
+    def event(self) -> DpSgd:
+        """What one round costs a client's example."""
+        return DpSgd(self.plan.noise_multiplier, self.batches, self.epochs)
+
+
+@dataclass(frozen=True)
+class ClientUnit:
+    """A client with all that it holds is protected by noise on the cohort's sum.
+
+    ``cohort``: clients planned for a round, the public denominator. ``dimension``: values of an update.
+    """
+
+    config: PrivacyConfig
+    noise_multiplier: float
+    population: int
+    cohort: int
+    dimension: int
+    seed: int
+
+    @property
+    def rate(self) -> float:
+        """The bias of a client's coin; 0 where a cohort has a fixed size, and nothing is amplified."""
+        return self.cohort / self.population if self.config.sampling == "poisson" else 0.0
+
+    def release(self, round_number: int, clipping_norm: float) -> Release:
+        """How the round's contributions are made and summed, around the clipping norm that the rounds before have found."""
+        one, shares = self.config, None
+        if one.mechanism == "skellam":
+            seed = derive_key("rotation", self.seed, round_number)
+            shares = (one.minimum_survivors or self.cohort, math.ceil(one.corrupt_fraction * self.cohort), seed)
+        return plan_release(
+            self.dimension, clipping_norm, self.noise_multiplier, self.cohort,
+            weight_cap=one.weight_cap, loss_cap=one.loss_cap, shares=shares,
+            bit_noise=(one.adaptive_noise or self.cohort / 20) if one.adaptive_quantile else 0.0,
+        )  # fmt: skip
+
+    def next_norm(self, clipping_norm: float, unclipped: float | None) -> float:
+        """The clipping norm after a round in which the share ``unclipped`` of the updates, noised, needed no clipping."""
+        if unclipped is None:
+            return clipping_norm
+        return adapt(clipping_norm, min(max(unclipped, 0.0), 1.0), self.config.adaptive_quantile, self.config.adaptive_rate)
+
+    def event(self, release: Release) -> GaussianRelease | SkellamRelease:
+        """What the round costs a client that takes part."""
+        shares = release.shares
+        if shares is None:
+            return GaussianRelease(self.noise_multiplier, self.rate)
+        return SkellamRelease(self.noise_multiplier, shares.l2, shares.l1, shares.mu, shares.total_variation)
+
+
+@dataclass(frozen=True)
+class Protection:
+    """The units that a run protects; both, one or none."""
+
+    example: ExampleUnit | None = None
+    client: ClientUnit | None = None
+
+    @property
+    def released(self) -> int:
+        """Numbers in a client's contribution; 0 where no release is made."""
+        return self.client.release(1, self.client.config.clipping_norm).size if self.client else 0
+
+    def configs(self) -> list[PrivacyConfig]:
+        """What the scenario says of each unit that is protected."""
+        return [unit.config for unit in (self.example, self.client) if unit]
+
+    def charges(self, run: str, round_number: int, attempt: int, cohort: Sequence[int], release: Release | None) -> list[Charge]:
+        """What the ledger must hold before anything of a round is learnt."""
+        clients, now = tuple(cohort), datetime.now(UTC).isoformat(timespec="seconds")
+        found = []
+        if self.example and clients:
+            event, delta = self.example.event, self.example.config.delta
+            found.append(Charge(run, round_number, attempt, "example", event, clients, now, delta))
+        if self.client and release:
+            spent, delta = self.client.event(release), self.client.config.delta
+            found.append(Charge(run, round_number, attempt, "client", spent, clients, now, delta))
+        return found
+
+    def resting(self, round_number: int, run: str, history: Sequence[Charge]) -> frozenset[int]:
+        """Clients that must not take part in a round: their participations are used up, or the last one is too recent.
+
+        ``history``: the population's charges, in order. Those of this very round, from before a crash, do not count.
+        """
+        if self.client is None:
+            return frozenset()
+        cap, separation = self.client.config.max_participations, self.client.config.min_separation
+        releases = [c.clients for c in history if c.unit == "client" and (c.run, c.round) != (run, round_number)]
+        taken = Counter(client for clients in releases for client in clients) if cap else {}
+        recent = {client for clients in releases[max(0, len(releases) - separation + 1) :] for client in clients}
+        return frozenset(int(client) for client in recent | {client for client, count in taken.items() if count >= cap})
+
+    def check_messages(self, messages: Sequence[Message], task: RoundTask, cohort: Sequence[int]) -> None:
+        """See that the strategy left alone what the guarantee rests on.
+
+        Raises:
+            Refused: it changed the private part of the training configuration, or did not address the drawn cohort.
+        """
+        expected = task.guarded()
+        for content in {id(message.content): message for message in messages}.values():
+            found = RoundTask.from_table(only_record(content, ConfigRecord)).guarded()
+            for key, value in expected.items():
+                if found[key] != value:
+                    raise Refused(f"the strategy changed {key} from {value} to {found[key]}, on which the privacy of the run rests")
+        if self.client is not None and len(messages) != len(cohort):
+            raise Refused(
+                f"the strategy addressed {len(messages)} of the {len(cohort)} clients drawn; with privacy of unit client it must "
+                "address all of them, since who takes part is part of the guarantee"
+            )
+
+
+def protect(config: RunConfig, data: FederatedData, strategy: Strategy, dimension: int) -> Protection:
+    """The protection that a scenario asks for; ``dimension`` is the number of trainable parameters.
+
+    Raises:
+        Refused: a combination for which the guarantee would not hold, or noise that cannot be found; with the reason.
+    """
+    for problem in what_voids(config, data, strategy):
+        raise Refused(f"[privacy]: {problem}")
+    example, client = config.unit_privacy("example"), config.unit_privacy("client")
+    return Protection(
+        _example_unit(example, config, data) if example else None,
+        _client_unit(client, config, len(data.clients), dimension) if client else None,
+    )
+
+
+def _example_unit(one: PrivacyConfig, config: RunConfig, data: FederatedData) -> ExampleUnit:
+    batches = min(math.ceil(len(part) / config.training.batch_size) for part in data.clients)
+    epochs = config.training.epochs
+
+    def event(noise: float) -> DpSgd:
+        return DpSgd(noise, batches, epochs)
+
+    # A client may be drawn in every round: nothing is gained from the draw of cohorts.
+    noise = one.noise_multiplier or solve_noise(event, config.run.rounds, one.target_epsilon, one.delta)
+    return ExampleUnit(one, DpSgdPlan(one.clipping_norm, noise), batches, epochs)
+
+
+def _client_unit(one: PrivacyConfig, config: RunConfig, population: int, dimension: int) -> ClientUnit:
+    cohort = config.cohort.size or population
+
+    def unit(noise: float) -> ClientUnit:
+        return ClientUnit(one, noise, population, cohort, dimension, config.run.seed)
+
+    def event(noise: float) -> GaussianRelease | SkellamRelease:
+        return unit(noise).event(unit(noise).release(1, one.clipping_norm))
+
+    rounds = config.run.rounds if one.sampling == "poisson" else min(one.max_participations or math.inf, config.run.rounds)
+    chosen = unit(one.noise_multiplier or solve_noise(event, int(rounds), one.target_epsilon, one.delta))
+    chosen.release(1, one.clipping_norm)  # refuses what has no plan, before anything is begun
+    return chosen

@@ -1,0 +1,143 @@
+"""DP-SGD: the steps of one client whose unit of privacy is one example (Abadi et al. 2016, arXiv:1607.00133).
+
+A step draws a Poisson batch, sums the examples' clipped gradients, adds Gaussian noise and divides by the plan's batch size, a
+public constant. Everything after that (weight decay, the proximal term, momentum, the learning rate) is post-processing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from torch import Tensor, nn
+
+from fedcore.errors import Refused
+from fedcore.quantization.layers import activation_ranges
+from fedcore.quantization.wire import ActivationRange
+from fedcore.training.ghost import PerExample
+from fedcore.training.per_example import GradientChoice, check_per_example
+from fedcore.training.plan import ClientData, LocalPlan
+
+__all__ = ["DpSgd", "GaussianNoise", "add_clipped", "clipping_factors", "noise_of"]
+
+
+class GaussianNoise:
+    """Normal vectors from AES-128 in counter mode, keyed by 128 bits of the generator given.
+
+    Box and Muller's transform, with 64 bits for a radius and 32 for an angle; beyond 9.3 standard deviations (probability
+    1e-20) nothing is drawn. Noise that becomes known does not give away the rest, as it would with a
+    simulation's generator, and the cipher is faster.
+    """
+
+    _PAIRS = 1 << 16  # drawn at a time; part of the definition of the stream
+    _ZEROS = bytes(12 * _PAIRS)
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._stream = Cipher(algorithms.AES128(rng.bytes(16)), modes.CTR(bytes(16))).encryptor()
+
+    def fill(self, out: Tensor, deviation: float) -> None:
+        """Overwrite ``out`` [d], on the CPU, with the next d values of standard deviation ``deviation``."""
+        for first in range(0, len(out), 2 * self._PAIRS):
+            piece = out[first : first + 2 * self._PAIRS]
+            pairs = -(-len(piece) // 2)
+            bits = torch.empty(12 * pairs + 15, dtype=torch.uint8)  # the cipher asks for room for one block more
+            self._stream.update_into(memoryview(self._ZEROS)[: 12 * pairs], bits.numpy())
+            wide = bits[: 8 * pairs].view(torch.int64).to(out.dtype)
+            radius = wide.abs_().clamp_(min=1).mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
+            narrow = bits[8 * pairs : 12 * pairs].view(torch.int32).to(out.dtype)
+            angle = narrow.mul_(math.pi * 2.0**-31)
+            torch.cos(angle, out=piece[:pairs]).mul_(radius)
+            rest = len(piece) - pairs
+            torch.mul(angle.sin_()[:rest], radius[:rest], out=piece[pairs:])
+
+
+def noise_of(data: ClientData) -> GaussianNoise:
+    """The noise of a client's round.
+
+    Raises:
+        Refused: the client brings no generator for it.
+    """
+    if data.noise_rng is None:
+        raise Refused(f"DP-SGD: client {data.client} has no generator for its noise")
+    return GaussianNoise(data.noise_rng)
+
+
+def clipping_factors(norms: Tensor, bound: float) -> Tensor:
+    """What scales gradients of the L2 norms given to at most ``bound``: min(1, bound / norm)."""
+    return (bound / norms).clamp_(max=1)
+
+
+def add_clipped(gradients: Callable[[Tensor, Tensor], PerExample], x: Tensor, y: Tensor, bound: float, scale: float) -> Tensor:
+    """Add ``scale`` times the gradients of x [n, ...], y [n], clipped to L2 norm ``bound``, to the parameters' ``grad``.
+
+    Returns the sum of the losses.
+
+    An example whose gradient is not finite adds nothing: it must not reach further than any other.
+    """
+    found = gradients(x, y)
+    norms = found.norms()
+    if math.isfinite(float(norms.sum(dtype=torch.float64))):
+        found.add(clipping_factors(norms, bound).mul_(scale))
+    else:  # zero times nan is nan: the sum is taken again, without them
+        kept = torch.isfinite(norms)
+        if bool(kept.any()):
+            add_clipped(gradients, x[kept], y[kept], bound, scale)
+    return found.loss
+
+
+class DpSgd:
+    """Private gradients of a model whose trainable parameters' ``grad`` are views of the vector ``gradient`` [d].
+
+    ``microbatch``: examples in one forward pass; a larger batch is accumulated before its one noisy step.
+    """
+
+    def __init__(self, model: nn.Module, gradient: Tensor, microbatch: int) -> None:
+        self.model, self.gradient, self.microbatch = model, gradient, microbatch
+        self.choice: GradientChoice | None = None
+        self._checked: dict[str, ActivationRange] = {}
+
+    def steps(self, data: ClientData, plan: LocalPlan, batches: Sequence[npt.NDArray[np.int64]]) -> Iterator[tuple[Tensor, int]]:
+        """Leave each step's gradient in ``gradient``; yields the sum of the drawn examples' losses and their number.
+
+        Raises:
+            Refused: no noise generator, or per-example gradients that cannot be taken or are wrong.
+        """
+        if plan.dp is None:
+            raise Refused("DP-SGD: the plan has no clipping norm and no noise multiplier")
+        noise, bound = noise_of(data), plan.dp.clipping_norm
+        with self._check(data.x).open(self.model) as gradients:
+            for batch in batches:
+                self._begin_with(noise, plan.dp.noise_multiplier * bound / plan.batch_size)
+                loss = torch.zeros((), dtype=torch.float64)
+                for rows in torch.from_numpy(batch).to(data.y.device).split(self.microbatch) if len(batch) else ():
+                    x, y = data.x.index_select(0, rows), data.y.index_select(0, rows)
+                    loss += add_clipped(gradients, x, y, bound, 1 / plan.batch_size).cpu()
+                yield loss, len(batch)
+
+    def _begin_with(self, noise: GaussianNoise, deviation: float) -> None:
+        if self.gradient.is_cpu:
+            noise.fill(self.gradient, deviation)
+        else:
+            drawn = torch.empty(self.gradient.shape, dtype=self.gradient.dtype)
+            noise.fill(drawn, deviation)
+            self.gradient.copy_(drawn)
+
+    def _check(self, x: Tensor) -> GradientChoice:
+        """The way to take gradients, chosen anew when activation ranges have changed; on random inputs shaped like ``x``,
+        so that the choice does not depend on whose examples come first."""
+        ranges = activation_ranges(self.model)
+        if self.choice is None or ranges != self._checked:
+            shape = (4, *x.shape[1:])
+            probe = torch.zeros(shape, dtype=x.dtype)
+            if x.is_floating_point():
+                probe.normal_(generator=torch.Generator().manual_seed(0))
+            probe = probe.to(x.device)
+            with torch.no_grad():
+                classes = self.model(probe).shape[1]
+            self.choice = check_per_example(self.model, probe, torch.arange(4, device=x.device) % classes)
+            self._checked = ranges
+        return self.choice

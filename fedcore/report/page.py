@@ -65,7 +65,7 @@ def write_report(directory: Path) -> Path:
     path = directory / "report.html"
     render(
         "report.html.j2", path,
-        run=run, subtitle=_subtitle(run), tiles=_tiles(run), statements=statements(run),
+        run=run, subtitle=_subtitle(run), tiles=_tiles(run), statements=statements(run), withheld=_withheld(run),
         sections=[(heading, cards) for heading, cards in parts.items() if cards],
         grouped=math.ceil(len(run.rounds) / POINTS), dropped=_dropped(run), settings=_settings(run.config), version=_version(run),
     )  # fmt: skip
@@ -122,10 +122,9 @@ def _tiles(run: Run) -> list[Tile]:
             points, images = _signed(f"{100 * (int8 - fp32):+.2f}") + " points", _signed(f"{round((int8 - fp32) * (test or 0)):+,}")
             note = f"of {test:,.0f} test examples ({points})" if test else ""
             tiles.append(Tile(f"{kind} minus fp32", images if test else points, note))
-    dropped = sum(len(record.get("dropped", [])) for record in run.rounds)
-    tiles.append(
-        Tile("rounds", f"{run.done:,}" if run.finished else f"{run.done:,} of {planned:,}", f"{dropped:,} clients dropped")
-    )
+    dropped = f"{sum(len(record.get('dropped', [])) for record in run.rounds):,} clients dropped"
+    notes = ([f"ended early: {planned:,} were planned"] if result.get("ended") else []) + ([] if _withheld(run) else [dropped])
+    tiles.append(Tile("rounds", f"{run.done:,}" if run.finished else f"{run.done:,} of {planned:,}", "; ".join(notes)))
     for label, total in (("traffic up", run.bytes_up), ("traffic down", run.bytes_down)):
         each = f"{data_size(total / len(run.rounds))} a round" if total is not None and run.rounds else ""
         tiles.append(Tile(label, _or_dash(total, data_size), each))
@@ -326,6 +325,11 @@ def _bars(run: Run, rows: Sequence[tuple[float, ...]], labels: list[str], colors
     grouped = thin(rows)
     y = axis([sum(parts) for _, *parts in grouped], title, text, zero=True)
     return stack_chart(x, y, grouped, labels, colors, width=(x.high - x.low) / len(grouped))
+
+
+def _withheld(run: Run) -> bool:
+    """Whether the page must not tell who took part."""
+    return run.config.unit_privacy("client") is not None
 
 
 def _dropped(run: Run) -> dict[str, Any]:

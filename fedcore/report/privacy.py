@@ -6,7 +6,7 @@ from typing import Any
 
 from fedcore.report import Run, number
 from fedcore.report.cards import Card, Tile, line_of
-from fedcore.report.charts import Mark, axis, line_chart, round_axis, short
+from fedcore.report.charts import ABSENT, Mark, axis, line_chart, round_axis, short
 
 __all__ = ["privacy_cards", "privacy_tiles", "statements"]
 
@@ -18,9 +18,11 @@ def privacy_tiles(run: Run) -> list[Tile]:
     tiles = []
     for unit, spent in (run.rounds[-1].get("privacy", {}) if run.rounds else {}).items():
         budget, delta, coordinator = (number(spent, key) for key in ("budget", "delta", "epsilon_coordinator"))
-        left = f" of {short(budget)} allowed" if budget else ""
-        note = f"{short(coordinator)} towards the coordinator; delta {delta:g}" if coordinator is not None and delta else ""
-        tiles.append(Tile(f"epsilon, one {unit}", f"{short(spent['epsilon'])}{left}", note))
+        epsilon = number(spent, "epsilon")
+        notes = [f"of {short(budget)} allowed, {short(max(0.0, budget - epsilon))} left"] if budget and epsilon is not None else []
+        notes += [f"{short(coordinator)} towards the coordinator"] if coordinator is not None else []
+        notes += [f"delta {delta:g}"] if delta else []
+        tiles.append(Tile(f"epsilon, one {unit}", ABSENT if epsilon is None else short(epsilon), "; ".join(notes)))
     return tiles
 
 

@@ -45,7 +45,7 @@ class GaussianNoise:
             piece = out[first : first + 2 * self._PAIRS]
             pairs = -(-len(piece) // 2)
             bits = torch.empty(12 * pairs + 15, dtype=torch.uint8)  # the cipher asks for room for one block more
-            self._stream.update_into(memoryview(self._ZEROS)[: 12 * pairs], bits.numpy())
+            self._stream.update_into(memoryview(self._ZEROS)[: 12 * pairs], bits.numpy().data)
             wide = bits[: 8 * pairs].view(torch.int64).to(out.dtype)
             radius = wide.abs_().clamp_(min=1).mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
             narrow = bits[8 * pairs : 12 * pairs].view(torch.int32).to(out.dtype)

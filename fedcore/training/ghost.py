@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class Materialised:
 
     def norms(self) -> Tensor:
         """L2 norms [n]."""
-        return torch.linalg.vector_norm(self.rows, dim=1)
+        return _norms(self.rows)
 
     def add(self, factors: Tensor) -> None:
         """Add the sum of the examples' gradients times ``factors`` [n] to the target."""
@@ -55,7 +55,7 @@ class Factored:
     def norms(self) -> Tensor:
         """L2 norms [n]: from the inner product of both factors' Gram matrices, which for p = 1 are squared norms."""
         if self.inputs.dim() == 2:
-            return torch.linalg.vector_norm(self.inputs, dim=1).mul_(torch.linalg.vector_norm(self.errors, dim=1))
+            return _norms(self.inputs).mul_(_norms(self.errors))
         grams = [torch.bmm(side, side.mT) for side in (self.inputs, self.errors)]
         return (grams[0] * grams[1]).sum((1, 2)).clamp_(min=0).sqrt_()
 
@@ -81,7 +81,7 @@ class PerExample:
 
     def norms(self) -> Tensor:
         """L2 norms [n] over all parameters together."""
-        return torch.linalg.vector_norm(torch.stack([part.norms() for part in self.parts]), dim=0)
+        return _norms(torch.stack([part.norms() for part in self.parts], 1))
 
     def add(self, factors: Tensor) -> None:
         """Add the sum of the examples' gradients times ``factors`` [n] to every parameter's ``grad``."""
@@ -172,6 +172,10 @@ def why_not_ghost(model: nn.Module) -> str:
     return ""
 
 
+def _norms(rows: Tensor) -> Tensor:
+    return cast("Tensor", torch.linalg.vector_norm(rows, dim=1))
+
+
 def _trainable(layer: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     return ((name, p) for name, p in layer.named_parameters(recurse=False) if p.requires_grad)
 
@@ -181,7 +185,7 @@ def _trainable_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _channels_last(x: Tensor) -> Tensor:
-    n, channels, height, width = x.shape
+    _, channels, height, width = x.shape
     if channels > 1:
         return x.contiguous(memory_format=torch.channels_last)
     # torch takes one channel for both formats and would keep on with the other one.
@@ -192,7 +196,7 @@ def _reformat(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]
     return (_channels_last(arguments[0]), *arguments[1:])
 
 
-def _grad(parameter: nn.Parameter | None) -> Tensor | None:
+def _grad(parameter: Tensor | None) -> Tensor | None:
     return parameter.grad if parameter is not None and parameter.requires_grad else None
 
 

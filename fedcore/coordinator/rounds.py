@@ -139,22 +139,16 @@ class Coordinator:
         seed_strategies(config.run.seed, number)
         if config.quantization.enabled and number == config.quantization.calibrate_round:
             progress = dataclasses.replace(progress, ranges=self._calibrate(progress))
-        # 2. The strategy configures, the cohort trains, the strategy aggregates.
-        release = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
-        arrays, task = to_record(self.layout, progress.master), self._task(number, progress, release)
+        # 2. Who takes part, and what it costs: paid before anything else happens.
         self._grid.nodes = cohort = self._draw(number)
-        messages = self._call(
-            "configure_train", lambda: list(self.strategy.configure_train(number, arrays, _record(task), self._shown))
-        )
-        if not messages and (cohort or not release):
-            raise RoundFailed(f"strategy {config.strategy.name} asked no client to train")
-        self.assembly.protection.check_messages(messages, task, cohort)
+        release = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
         if self._budget:
-            self._budget.charge(number, cohort, release)  # before anybody is asked to work
-        replies, trained = self._exchange(messages or [to_nobody(arrays, _record(task))])
+            self._budget.charge(number, cohort, release)
+        # 3. The strategy configures, the cohort trains, the strategy aggregates.
+        replies, trained = self._train(self._task(number, progress, release), progress, cohort)
         master, aggregated = self._aggregate(number, replies)
         clock.lap("train")
-        # 3. Evaluate on the coordinator's test part, and on the clients.
+        # 4. Evaluate on the coordinator's test part, and on the clients.
         norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
         new = dataclasses.replace(progress, round_number=number, master=master, clipping_norm=norm)
         last = number == config.run.rounds
@@ -164,30 +158,19 @@ class Coordinator:
         if config.evaluation.federated_every and (last or number % config.evaluation.federated_every == 0):
             federated, evaluated = self._evaluate_on_clients(new)
         clock.lap("evaluate")
-        # 4. Account for the traffic; a client downloads the frozen parameters once.
-        seen, frozen_down = self._first_downloads(progress.seen, trained, evaluated)
-        asked = len(trained.clients) + len(trained.dropped)
-        replied: int | None = len(trained.clients)
-        if release:  # nothing may tell who took part: as planned, and as if no client held the frozen parameters yet
-            asked, replied, frozen_down = release.cohort, trained.survivors, self._frozen_bytes * release.cohort
+        # 5. Account for clients and traffic.
+        seen, counted = self._count(progress.seen, release, trained, evaluated)
+        worked = counted["cohort"] if counted["replies"] is None else counted["replies"]
         metrics: Metrics = {
             "round": number,
-            "cohort": asked,
-            "replies": replied,
-            "dropped": [{"client": client, "reason": reason} for client, reason in trained.dropped],
+            **counted,
             **aggregated,
             "update_norm": float(np.linalg.norm(master.astype(np.float64) - progress.master)),
             "quantized": bool(progress.ranges),
             **central,
             **federated,
             **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
-            "bytes_up": trained.bytes_up + evaluated.bytes_up,
-            "bytes_down": trained.bytes_down + evaluated.bytes_down + frozen_down,
-            "timing": clock.laps
-            | {
-                "seconds": sum(clock.laps.values()),
-                "clients_per_second": (asked if replied is None else replied) / clock.laps["train"],
-            },
+            "timing": clock.laps | {"seconds": sum(clock.laps.values()), "clients_per_second": worked / clock.laps["train"]},
         }
         return dataclasses.replace(new, seen=seen), _finite(metrics)
 
@@ -214,6 +197,17 @@ class Coordinator:
         )  # fmt: skip
         norm = float(np.linalg.norm(progress.master.astype(np.float64)))
         return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges, release)
+
+    def _train(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> tuple[list[Message], Facts]:
+        """The replies of the cohort to what the strategy asks of it."""
+        number, arrays, record = task.round_number, to_record(self.layout, progress.master), _record(task)
+        messages = self._call(
+            "configure_train", lambda: list(self.strategy.configure_train(number, arrays, record, self._shown))
+        )  # fmt: skip
+        if not messages and (cohort or not task.release):
+            raise RoundFailed(f"strategy {self.config.strategy.name} asked no client to train")
+        self.assembly.protection.check_messages(messages, task, cohort)
+        return self._exchange(messages or [to_nobody(arrays, record)])
 
     def _exchange(self, messages: Sequence[Message]) -> tuple[list[Message], Facts]:
         replies = list(self._grid.send_and_receive(messages, timeout=self.config.cohort.timeout))
@@ -281,10 +275,23 @@ class Coordinator:
             }  # fmt: skip
         return {"federated": found}, facts
 
-    def _first_downloads(self, seen: npt.NDArray[np.bool_], *facts: Facts) -> tuple[npt.NDArray[np.bool_], int]:
+    def _count(
+        self, seen: npt.NDArray[np.bool_], release: Release | None, trained: Facts, evaluated: Facts
+    ) -> tuple[npt.NDArray[np.bool_], Metrics]:
+        """Clients and bytes of a round for its metrics, and who now holds the frozen parameters, which a client downloads once.
+
+        Under a release nothing may tell who took part: numbers are those of the planned cohort, as if nobody held them yet.
+        """
         now = seen.copy()
-        now[[client for part in facts for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
-        return now, self._frozen_bytes * int((now & ~seen).sum())
+        now[[client for part in (trained, evaluated) for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
+        downloads = release.cohort if release else int((now & ~seen).sum())
+        return now, {
+            "cohort": release.cohort if release else len(trained.clients) + len(trained.dropped),
+            "replies": trained.survivors if release else len(trained.clients),
+            "dropped": [{"client": client, "reason": reason} for client, reason in trained.dropped],
+            "bytes_up": trained.bytes_up + evaluated.bytes_up,
+            "bytes_down": trained.bytes_down + evaluated.bytes_down + self._frozen_bytes * downloads,
+        }
 
     def _metrics(self, name: str, metrics: Any) -> Metrics:
         """A strategy's metrics as plain numbers."""

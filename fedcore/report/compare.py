@@ -13,8 +13,9 @@ from markupsafe import Markup
 import fedcore
 from fedcore.errors import Refused
 from fedcore.report import Run, number, read_run
+from fedcore.report.cards import Card
 from fedcore.report.charts import ABSENT, Axis, Band, Series, axis, data_size, line_chart, percent, round_axis, thin
-from fedcore.report.page import Card, render
+from fedcore.report.page import render
 
 __all__ = ["Comparison", "Difference", "Row", "SeedSummary", "Spread", "compare_runs", "write_comparison"]
 

@@ -42,6 +42,7 @@ class ExampleUnit:
     plan: DpSgdPlan
     batches: int
     epochs: int
+    batch_size: int
 
     @property
     def event(self) -> DpSgd:
@@ -135,6 +136,24 @@ class Protection:
         recent = {client for clients in releases[max(0, len(releases) - separation + 1) :] for client in clients}
         return frozenset(int(client) for client in recent | {client for client, count in taken.items() if count >= cap})
 
+    def check_task(self, task: RoundTask, *, trains: bool) -> None:
+        """On a client: see that it is asked for no less protection than its own scenario has.
+
+        Raises:
+            Refused: noise, clipping, steps or sum are not the scenario's, or it is asked for an exact number.
+        """
+        own = [unit for unit in ("example", "client") if getattr(self, unit)]
+        if own and not trains:
+            raise Refused(f"privacy of unit {own[0]}: this client tells no accuracy on its own examples")
+        if self.example:
+            expected = (self.example.plan, self.example.epochs, self.example.batch_size)
+            if (task.plan.dp, task.plan.epochs, task.plan.batch_size) != expected:
+                raise Refused("privacy of unit example: the coordinator asks for another noise, clipping norm or number of steps")
+        if self.client:
+            norm = task.release.joint.clipping_norm if task.release else 1.0
+            if task.release != self.client.release(task.round_number, norm):
+                raise Refused("privacy of unit client: the coordinator asks for another way to sum than the scenario's")
+
     def check_messages(self, messages: Sequence[Message], task: RoundTask, cohort: Sequence[int]) -> None:
         """See that the strategy left alone what the guarantee rests on.
 
@@ -178,7 +197,7 @@ def _example_unit(one: PrivacyConfig, config: RunConfig, data: FederatedData) ->
 
     # A client may be drawn in every round: nothing is gained from the draw of cohorts.
     noise = one.noise_multiplier or solve_noise(event, config.run.rounds, one.target_epsilon, one.delta)
-    return ExampleUnit(one, DpSgdPlan(one.clipping_norm, noise), batches, epochs)
+    return ExampleUnit(one, DpSgdPlan(one.clipping_norm, noise), batches, epochs, config.training.batch_size)
 
 
 def _client_unit(one: PrivacyConfig, config: RunConfig, population: int, dimension: int) -> ClientUnit:

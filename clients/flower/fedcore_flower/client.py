@@ -6,13 +6,15 @@ are the same on every node, and a node uses its own part only; the README says w
 
 from __future__ import annotations
 
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
 from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.errors import Refused
+from fedcore.flower import only_record
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.superlink import identity_content
+from fedcore.training.client import RoundTask
 from fedcore_flower.scenario import load_scenario
 
 __all__ = ["app"]
@@ -31,6 +33,8 @@ def identify(message: Message, context: Context) -> Message:
 def work(message: Message, context: Context) -> Message:
     """Do what a simulated client does, as a cohort of one: receive Q(master), train or evaluate, reply update and metrics."""
     assembly = assemble(load_scenario(context))
+    task = RoundTask.from_table(only_record(message, ConfigRecord))
+    assembly.protection.check_task(task, trains=message.metadata.message_type == MessageType.TRAIN)
     clients, released = build_clients(assembly, real=True), assembly.protection.released
     cohort = CohortGrid(clients, assembly.layout, mean=False, workers=1, updates=True, released=released)
     (reply,) = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])

@@ -184,6 +184,28 @@ def test_a_strategy_must_leave_alone_what_the_guarantee_rests_on(scenario):
         protection.check_messages(messages(clients=(0, 1)), task, (0, 1, 2))
 
 
+def test_a_client_gives_no_less_protection_than_its_own_scenario_has(scenario):
+    protection = assemble(private(scenario, CLIENT | {"adaptive_quantile": 0.5, "adaptive_noise": 1.0}, EXAMPLE)).protection
+    release, plan = protection.client.release(3, 0.7), LocalPlan(1, 16, 0.1, dp=protection.example.plan)
+    task = RoundTask(3, plan, 10.0, release=release)
+    protection.check_task(task, trains=True)
+    weaker = dataclasses.replace(plan.dp, noise_multiplier=0.5)
+    for other in (
+        dataclasses.replace(task, plan=dataclasses.replace(plan, dp=None)),
+        dataclasses.replace(task, plan=dataclasses.replace(plan, dp=weaker)),
+        dataclasses.replace(task, plan=dataclasses.replace(plan, epochs=2)),
+        dataclasses.replace(task, plan=dataclasses.replace(plan, batch_size=4)),
+        dataclasses.replace(task, release=None),
+        dataclasses.replace(task, release=dataclasses.replace(release, noise_multiplier=0.5)),
+        dataclasses.replace(task, release=dataclasses.replace(release, cohort=60)),
+    ):
+        with pytest.raises(Refused, match="the coordinator asks for another"):
+            protection.check_task(RoundTask.from_table(ConfigRecord(other.to_table())), trains=True)
+    with pytest.raises(Refused, match="tells no accuracy"):
+        protection.check_task(task, trains=False)
+    assemble(scenario()).protection.check_task(dataclasses.replace(task, release=None), trains=False)
+
+
 def test_coins_fall_with_their_bias_and_repeat_with_their_key():
     tosses = [toss_coins(bytes([number] * 32), 10_000, 0.02) for number in range(50)]
     assert tosses[3] == toss_coins(bytes([3] * 32), 10_000, 0.02)

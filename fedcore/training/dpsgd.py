@@ -131,13 +131,15 @@ class DpSgd:
         so that the choice does not depend on whose examples come first."""
         ranges = activation_ranges(self.model)
         if self.choice is None or ranges != self._checked:
-            shape = (4, *x.shape[1:])
-            probe = torch.zeros(shape, dtype=x.dtype)
-            if x.is_floating_point():
-                probe.normal_(generator=torch.Generator().manual_seed(0))
-            probe = probe.to(x.device)
-            with torch.no_grad():
+            with torch.random.fork_rng(devices=[]), torch.no_grad():  # dropout must not notice
+                probe = _probe(x)
                 classes = self.model(probe).shape[1]
-            self.choice = check_per_example(self.model, probe, torch.arange(4, device=x.device) % classes)
+            self.choice = check_per_example(self.model, probe, torch.arange(len(probe), device=x.device) % classes)
             self._checked = ranges
         return self.choice
+
+
+def _probe(x: Tensor) -> Tensor:
+    """Four inputs shaped and typed like those of ``x`` [n, ...]; between 0 and 1, since a model may take their logarithm."""
+    probe = torch.zeros(4, *x.shape[1:], dtype=x.dtype)
+    return (probe.uniform_(generator=torch.Generator().manual_seed(0)) if x.is_floating_point() else probe).to(x.device)

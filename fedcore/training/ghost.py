@@ -153,6 +153,8 @@ class GhostGradients:
             return
         if layer in self._outputs:
             raise RuntimeError(f"layer {self.layers[layer]} ran twice")
+        if not arguments:
+            raise RuntimeError(f"layer {self.layers[layer]} got its input by keyword")
         if not isinstance(layer, QuantLayer):
             self._inputs[layer] = arguments[0].detach()
         # The edge, not the tensor: an operator in place on the output would move the tensor to another place in the graph.
@@ -164,7 +166,7 @@ def why_not_ghost(model: nn.Module) -> str:
     owners: dict[int, str] = {}
     for name, layer in _trainable_layers(model):
         if type(layer) not in _RULES:
-            return f"layer {name} ({type(layer).__name__}) has no rule for ghost norms"
+            return f"layer {name or 'model'} ({type(layer).__name__}) has no rule for ghost norms"
         for key, parameter in _trainable(layer):
             owner = owners.setdefault(id(parameter), f"{name}.{key}")
             if owner != f"{name}.{key}":
@@ -193,7 +195,7 @@ def _channels_last(x: Tensor) -> Tensor:
 
 
 def _reformat(_: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (_channels_last(arguments[0]), *arguments[1:])
+    return (_channels_last(arguments[0]), *arguments[1:]) if arguments else arguments
 
 
 def _grad(parameter: Tensor | None) -> Tensor | None:

@@ -69,7 +69,7 @@ class OpacusGradients:
                 raise Refused(f"parameter {name} gets no per-example gradient; freeze it or use it in its own layer")
             if rows.shape != (len(y), *parameter.shape):
                 raise Refused(f"parameter {name} has {len(rows)} per-example gradients for {len(y)} examples")
-            parts.append(Materialised(target, rows.flatten(1)))
+            parts.append(Materialised(target, rows.reshape(len(rows), -1)))
         return PerExample(loss.detach(), parts)
 
 
@@ -117,7 +117,8 @@ def check_per_example(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
     """
     choice = choose_gradients(model, x, y)
     if choice.path == "opacus" and (fault := _fault("opacus", model, x, y)):
-        raise Refused(f"DP-SGD: model: {fault}")
+        also = "" if fault == choice.reason else f" ({choice.reason})"
+        raise Refused(f"DP-SGD: model: {fault}{also}")
     return choice
 
 
@@ -133,7 +134,7 @@ def _fault(path: str, model: nn.Module, x: Tensor, y: Tensor) -> str:
     except Refused as error:
         return str(error)
     except Exception as error:  # noqa: BLE001 - a user's model may raise anything, and so does Opacus where it gives up
-        return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"
+        return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0][:200]}"
     return ""
 
 
@@ -176,7 +177,7 @@ def _truth(twin: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
 
 
 def _agree(part: Part, parameter: nn.Parameter, truth: Tensor, tolerance: float) -> bool:
-    norms = torch.linalg.vector_norm(truth.flatten(1), dim=1)
+    norms = torch.linalg.vector_norm(truth.reshape(len(truth), -1), dim=1)
     close = torch.allclose(part.norms(), norms, rtol=tolerance, atol=tolerance * float(norms.max()))
     sums = cast("Tensor", parameter.grad)
     for factors, row in zip(torch.eye(len(truth)).to(truth), truth, strict=True):

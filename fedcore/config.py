@@ -446,17 +446,20 @@ def _apply_override(tables: dict[str, Any], override: str) -> None:
     for part in parts[:-1]:
         if parts[0] == "privacy" and table.get("unit") == part:
             continue
-        table = table.setdefault(part, {})
-        if isinstance(table, list):
-            units = {one.get("unit"): one for one in table if isinstance(one, dict)}
-            if parts[1] not in units and len(units) > 1:
-                raise Refused(
-                    f"--set {override}: {part} has several units; write {part}.UNIT.key, UNIT one of {', '.join(map(str, units))}"
-                )
-            table = units.get(parts[1], table[0])
+        found = table.setdefault(part, {})
+        table = _unit_table(found, parts[1], override) if isinstance(found, list) else found
         if not isinstance(table, dict):
             raise Refused(f"--set {override}: {part} is a value, not a table")
     table[parts[-1]] = value
+
+
+def _unit_table(tables: list[Any], unit: str, override: str) -> Any:
+    """The table of [[privacy]] that an override means: that of the unit it names, or the only one."""
+    units = {one.get("unit"): one for one in tables if isinstance(one, dict)}
+    if unit not in units and len(tables) != 1:
+        named = ", ".join(str(name) for name in units) or "none yet"
+        raise Refused(f"--set {override}: write privacy.UNIT.key with a unit of the scenario: {named}")
+    return units.get(unit, tables[0])
 
 
 def _hint(name: str, known: typing.Iterable[str]) -> str:

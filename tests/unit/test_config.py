@@ -33,6 +33,22 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path):
     assert not config.quantization.enabled
 
 
+def test_overrides_reach_the_units_of_privacy(tmp_path):
+    unit = "[[privacy]]\nunit = '{}'\nnoise_multiplier = 1.0\ndelta = 1e-4\n"
+    one = scenario(tmp_path, BASE + unit.format("client"))
+    for name in ("privacy.delta", "privacy.client.delta"):
+        assert load_config(one, [f"{name}=1e-5"]).privacy[0].delta == 1e-5
+    assert load_config(scenario(tmp_path, BASE), ["privacy.unit=example", "privacy.delta=1e-5", "privacy.target_epsilon=3"]).privacy
+    both = scenario(tmp_path, BASE + unit.format("client") + unit.format("example"))
+    config = load_config(both, ["privacy.example.delta=1e-5"])
+    assert [(one.unit, one.delta) for one in config.privacy] == [("client", 1e-4), ("example", 1e-5)]
+    with pytest.raises(Refused, match="with a unit of the scenario: client, example"):
+        load_config(both, ["privacy.delta=1e-5"])
+    resolved = tmp_path / "resolved.toml"
+    resolved.write_text(config.to_toml())
+    assert load_config(resolved).privacy == config.privacy
+
+
 @pytest.mark.parametrize(
     ("text", "parts"),
     [

@@ -1,0 +1,11 @@
+"""Makes `reference.py` importable, as ``secagg_reference``."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+for name in ("reference",):
+    if f"secagg_{name}" not in sys.modules:
+        spec = importlib.util.spec_from_file_location(f"secagg_{name}", Path(__file__).with_name(f"{name}.py"))
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])

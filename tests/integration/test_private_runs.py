@@ -110,7 +110,13 @@ def kill_and_resume(scenario, out, seed):
 
 
 @pytest.mark.parametrize(
-    "units", [(CENTRAL,), (SHARES,), (EXAMPLE,), (SHARES, EXAMPLE)], ids=["central", "shares", "example", "both"]
+    "units",
+    [
+        pytest.param((CENTRAL,), id="central"),
+        pytest.param((SHARES, EXAMPLE), id="both"),
+        pytest.param((SHARES,), id="shares", marks=pytest.mark.slow),
+        pytest.param((EXAMPLE,), id="example", marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_private_run_ends_with_the_same_bits_and_charges_every_round_once(scenario, tmp_path, units):
     path = scenario(*units)

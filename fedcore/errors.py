@@ -3,7 +3,7 @@
 Four answers exist and no more: try again, go on without that client, give the round up, or refuse the request.
 """
 
-__all__ = ["BudgetSpent", "ClientFailure", "FedcoreError", "Refused", "RoundFailed", "TryAgain"]
+__all__ = ["BudgetSpent", "ClientFailure", "FedcoreError", "Misbehaviour", "Refused", "RoundFailed", "TryAgain"]
 
 
 class FedcoreError(Exception):
@@ -28,3 +28,11 @@ class Refused(FedcoreError):
 
 class BudgetSpent(Refused):
     """What is asked would cost more privacy than is left; nothing was charged and the last model is intact."""
+
+
+class Misbehaviour(Refused):
+    """A party sent what no honest one sends; ``party`` names it, as the text does. Nothing was taken over from the message."""
+
+    def __init__(self, party: str, text: str) -> None:
+        super().__init__(f"{party}: {text}")
+        self.party = party

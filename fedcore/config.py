@@ -120,7 +120,9 @@ class TrainingConfig:
     momentum: float = _key(0.0, "momentum of local SGD (its buffer starts at zero each round)", low=0, high=0.9999)
     weight_decay: float = _key(0.0, "L2 penalty of local SGD", low=0)
     max_update_norm: float = _key(
-        0.0, "an update with a larger L2 norm is dropped as exploded; 0 = 10 x max(1, norm of the master)", low=0
+        0.0,
+        "an update with a larger L2 norm is dropped as exploded; 0 = 10 x max(1, norm of the master), no limit with [privacy]",
+        low=0,
     )
 
 

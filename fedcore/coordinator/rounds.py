@@ -195,8 +195,10 @@ class Coordinator:
             training.epochs, training.batch_size, training.lr * training.lr_decay ** (number - 1), training.momentum,
             training.weight_decay, dp=example.plan if example else None,
         )  # fmt: skip
+        # Noise makes an update long, and clipping short: neither is a sign of training that has exploded.
         norm = float(np.linalg.norm(progress.master.astype(np.float64)))
-        return RoundTask(number, plan, training.max_update_norm or 10 * max(1.0, norm), progress.ranges, release)
+        usual = float(np.finfo(np.float32).max) if example or release else 10 * max(1.0, norm)
+        return RoundTask(number, plan, training.max_update_norm or usual, progress.ranges, release)
 
     def _train(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> tuple[list[Message], Facts]:
         """The replies of the cohort to what the strategy asks of it."""

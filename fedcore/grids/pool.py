@@ -102,6 +102,7 @@ class WorkerPool:
             process.terminate()
             process.join()
         self._processes, self._pipes = [], []
+        self._handler = _closed  # the handler is often its owner's method: a circle that would keep the data in memory
 
     def _fork(self, workers: int) -> None:
         context = multiprocessing.get_context("fork")
@@ -145,6 +146,11 @@ class WorkerPool:
         cause = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         hint = "; was memory short?" if code == -signal.SIGKILL else ""
         return RoundFailed(f"a worker process died ({cause}{hint})")
+
+
+def _closed(job: Any, shared: Doubles, out: Doubles) -> Any:  # noqa: ARG001 - a handler's arguments
+    """The handler of a pool that is closed."""
+    raise RuntimeError("the pool is closed")
 
 
 def _check(deadline: float | None) -> None:

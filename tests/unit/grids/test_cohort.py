@@ -1,8 +1,12 @@
+import gc
+import weakref
+
 import numpy as np
 import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 
 from fedcore.coordinator.assembly import assemble, build_clients
+from fedcore.coordinator.run import SimulatedRun
 from fedcore.errors import Refused, RoundFailed
 from fedcore.flower import Facts, facts_of, from_record, to_record
 from fedcore.grids.cohort import CohortGrid
@@ -202,3 +206,17 @@ def test_missing_arrays_are_refused(scenario):
         bench.grid.send_and_receive([Message(content, 0, MessageType.TRAIN)])
     with pytest.raises(Refused, match=r"parameter 1\.weight: expected shape"):
         bench.grid.send_and_receive([Message(RecordDict({"a": ArrayRecord(), "c": content["config"]}), 0, MessageType.TRAIN)])
+
+
+def test_a_closed_run_gives_its_data_back_at_once(scenario, tmp_path):
+    """A sweep of runs in one process must not wait for the garbage collector, which counts objects and not their size."""
+    gc.disable()
+    try:
+        with SimulatedRun(scenario("run.rounds=1", "quantization.enabled=false"), tmp_path / "run", resume=False) as run:
+            list(run.rounds())
+            data, grid = weakref.ref(run.assembly.data.dataset), weakref.ref(run.grid)
+        del run
+        assert data() is None
+        assert grid() is None
+    finally:
+        gc.enable()

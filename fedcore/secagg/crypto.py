@@ -75,7 +75,7 @@ class Ed25519Key:
 
 
 class EcdsaKey:
-    """An ECDSA P-256 key with SHA-256; signatures are r and s, 32 bytes each, big-endian."""
+    """An ECDSA P-256 key with SHA-256, nonces by RFC 6979; signatures are r and s, 32 bytes each, big-endian."""
 
     algorithm = P256
 
@@ -88,7 +88,8 @@ class EcdsaKey:
 
     def sign(self, purpose: str, content: bytes) -> bytes:
         """See `Signer`."""
-        r, s = decode_dss_signature(self._key.sign(domain(purpose) + content, ec.ECDSA(hashes.SHA256())))
+        scheme = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+        r, s = decode_dss_signature(self._key.sign(domain(purpose) + content, scheme))
         return r.to_bytes(32, "big") + s.to_bytes(32, "big")
 
 

@@ -19,7 +19,7 @@ from fedcore.errors import Refused
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.secagg.crypto import Signer, agree, pair_seed, seal_box
 from fedcore.secagg.dealing import deal
-from fedcore.secagg.masks import Words, add_mask, pack, reduce, subtract_mask, word_type
+from fedcore.secagg.masks import Words, add_masks, pack, reduce, subtract_masks, word_type
 from fedcore.secagg.messages import (
     CHECK_IN,
     STATEMENT,
@@ -164,13 +164,13 @@ def _words(vector: npt.NDArray[np.integer[Any]], header: Header) -> Words:
     """A copy in words."""
     if vector.shape != (header.length,) or vector.dtype.kind not in "iu" or not vector.flags.writeable:
         raise Refused(f"the plan is for {header.length} integers that may be overwritten, got {vector.shape} of {vector.dtype}")
-    if int(vector.min()) < 0 or int(vector.max()) >> header.bits:
+    wide = vector.dtype != np.uint16 or header.bits != 16
+    if wide and (int(vector.min()) < 0 or int(vector.max()) >> header.bits):
         raise Refused(f"the plan is for integers of {header.bits} bits; some are outside")
     return vector.astype(word_type(header.bits))
 
 
 def _mask(words: Words, own_seed: bytes, accepted: _Accepted) -> None:
     """y_i = x_i + PRG(b_i) + sum over j > i of PRG(s_ij) - sum over j < i of PRG(s_ij)."""
-    add_mask(words, own_seed)
-    for neighbour, seed in accepted.seeds.items():
-        (add_mask if neighbour > accepted.index else subtract_mask)(words, seed)
+    add_masks(words, [own_seed, *(seed for j, seed in accepted.seeds.items() if j > accepted.index)])
+    subtract_masks(words, [seed for j, seed in accepted.seeds.items() if j < accepted.index])

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from fedcore.errors import Refused, RoundFailed
 from fedcore.secagg.crypto import ED25519, verify
 from fedcore.secagg.dealing import commitment_to, share_leaf
-from fedcore.secagg.masks import Words, add_mask, packed_length, reduce, subtract_mask, word_type
+from fedcore.secagg.masks import Words, add_masks, packed_length, reduce, subtract_masks, word_type
 from fedcore.secagg.merkle import MerkleTree, leaf_hash, root_of
 from fedcore.secagg.messages import (
     CERTIFICATION,
@@ -229,8 +229,9 @@ class Coordinator:
         """
         if total.shape != (self._header.length,) or total.dtype != word_type(self._header.bits):
             raise Refused(f"a sum of this round has {self._header.length} words, got {total.shape} of {total.dtype}")
-        for add, seed in self._masks():
-            (add_mask if add else subtract_mask)(total, seed)
+        masks = self._masks()
+        add_masks(total, [seed for add, seed in masks if add])
+        subtract_masks(total, [seed for add, seed in masks if not add])
         reduce(total, self._header.bits)
 
     def _masks(self) -> list[tuple[bool, bytes]]:

@@ -6,6 +6,7 @@ once, at the end. PRG(seed) is the AES-256-CTR keystream with a zero counter blo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 from fedcore.errors import Refused
 
-__all__ = ["WIDTHS", "Words", "add_mask", "add_packed", "pack", "packed_length", "reduce", "subtract_mask", "word_type", "zeros"]
+__all__ = ["WIDTHS", "Words", "add_masks", "add_packed", "pack", "packed_length", "reduce", "subtract_masks", "word_type", "zeros"]
 
 Words = npt.NDArray[np.unsignedinteger[Any]]
 WIDTHS = (16, 20, 24, 32)
 _BLOCK = 1 << 16  # bytes: expanded and added while it is in the core's cache
 _ZEROS = bytes(_BLOCK)
+_STREAMS = 256  # ciphers open at a time
 
 
 def word_type(bits: int) -> np.dtype[Any]:
@@ -32,14 +34,14 @@ def zeros(length: int, bits: int) -> Words:
     return np.zeros(length, word_type(bits))
 
 
-def add_mask(vector: Words, seed: bytes) -> None:
-    """Add PRG(seed) to ``vector``, in place."""
-    _expand_into(vector, seed, np.add)
+def add_masks(vector: Words, seeds: Sequence[bytes]) -> None:
+    """Add PRG(seed) of each seed to ``vector``, in place."""
+    _expand_into(vector, seeds, np.add)
 
 
-def subtract_mask(vector: Words, seed: bytes) -> None:
-    """Subtract PRG(seed) from ``vector``, in place."""
-    _expand_into(vector, seed, np.subtract)
+def subtract_masks(vector: Words, seeds: Sequence[bytes]) -> None:
+    """Subtract PRG(seed) of each seed from ``vector``, in place."""
+    _expand_into(vector, seeds, np.subtract)
 
 
 def reduce(vector: Words, bits: int) -> None:
@@ -98,11 +100,15 @@ def _add_pairs(total: Words, packed: bytes | memoryview) -> None:
         total[-1:] += np.uint32(last)
 
 
-def _expand_into(vector: Words, seed: bytes, operation: np.ufunc) -> None:
-    encryptor = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor()
+def _expand_into(vector: Words, seeds: Sequence[bytes], operation: np.ufunc) -> None:
+    """All masks of one block before the next block, so that the block of the vector stays in the cache too."""
     buffer = bytearray(_BLOCK)
     words = np.frombuffer(buffer, vector.dtype)
-    for first in range(0, len(vector), len(words)):
-        part = vector[first : first + len(words)]
-        encryptor.update_into(memoryview(_ZEROS)[: part.nbytes], buffer)
-        operation(part, words[: len(part)], out=part)
+    for start in range(0, len(seeds), _STREAMS):
+        streams = [Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor() for seed in seeds[start : start + _STREAMS]]
+        for first in range(0, len(vector), len(words)):
+            part = vector[first : first + len(words)]
+            blank, mask = memoryview(_ZEROS)[: part.nbytes], words[: len(part)]
+            for stream in streams:
+                stream.update_into(blank, buffer)
+                operation(part, mask, out=part)

@@ -26,7 +26,7 @@ from fedcore.errors import Misbehaviour, Refused, RoundFailed  # noqa: E402
 from fedcore.secagg.client import Client, split_upload  # noqa: E402
 from fedcore.secagg.coordinator import Coordinator  # noqa: E402
 from fedcore.secagg.crypto import Ed25519Key, agree, pair_seed, seal_box  # noqa: E402
-from fedcore.secagg.masks import add_mask, add_packed, subtract_mask, zeros  # noqa: E402
+from fedcore.secagg.masks import add_masks, add_packed, subtract_masks, zeros  # noqa: E402
 from fedcore.secagg.member import Member  # noqa: E402
 from fedcore.secagg.messages import (  # noqa: E402
     APPROVAL,
@@ -89,7 +89,7 @@ def recovered(current, victim, releases, views, known=()):
     if set(seeds) != {victim, *plan.graph.neighbours(victim)}:
         return None
     for other, seed in seeds.items():
-        (add_mask if other < victim else subtract_mask)(words, seed)
+        (add_masks if other < victim else subtract_masks)(words, [seed])
     return (words & ((1 << plan.header.bits) - 1)).tolist()
 
 
@@ -248,12 +248,12 @@ def test_a_list_names_each_client_of_the_cohort_once(indices):
 def test_a_search_over_32_bit_seeds_is_over_256_bits_here():
     """With seeds of 12 bits the search that broke Flower's opens a mask; over whole seeds it finds none, and every bit matters."""
     target = zeros(32, 16)
-    add_mask(target, (3210).to_bytes(32, "big"))
+    add_masks(target, [(3210).to_bytes(32, "big")])
 
     def search(masked, template):
         for guess in range(2**12):
             candidate = zeros(32, 16)
-            add_mask(candidate, bytes(a ^ b for a, b in zip(guess.to_bytes(32, "big"), template, strict=True)))
+            add_masks(candidate, [bytes(a ^ b for a, b in zip(guess.to_bytes(32, "big"), template, strict=True))])
             if (candidate == masked).all():
                 return guess
         return None
@@ -261,12 +261,12 @@ def test_a_search_over_32_bit_seeds_is_over_256_bits_here():
     assert search(target, bytes(32)) == 3210
     seed = pair_seed(agree(X25519PrivateKey.from_private_bytes(b"e" * 32), b"\x09" + bytes(31)), b"p" * 32, 0, 1)
     real = zeros(32, 16)
-    add_mask(real, seed)
+    add_masks(real, [seed])
     assert search(real, bytes(32)) is None
     # folded to 32 bits by exclusive or, as Flower does, two seeds that differ can agree; here no single bit may be left out
     for bit in range(256):
         other = zeros(32, 16)
-        add_mask(other, (int.from_bytes(seed, "big") ^ 1 << bit).to_bytes(32, "big"))
+        add_masks(other, [(int.from_bytes(seed, "big") ^ 1 << bit).to_bytes(32, "big")])
         assert (other == real).mean() < 0.2
 
 

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from secagg_reference import aes_ctr_words, packed_bits
 
 from fedcore.errors import Refused
-from fedcore.secagg.masks import WIDTHS, add_mask, add_packed, pack, packed_length, reduce, subtract_mask, word_type, zeros
+from fedcore.secagg import masks as masks_module
+from fedcore.secagg.masks import WIDTHS, add_masks, add_packed, pack, packed_length, reduce, subtract_masks, word_type, zeros
 
 seeds = st.binary(min_size=32, max_size=32)
 widths = st.sampled_from(WIDTHS)
@@ -25,7 +26,7 @@ def test_the_block_cipher_is_that_of_sp_800_38a():
 @given(seeds, widths, st.integers(1, 300))
 def test_a_mask_is_the_reference_keystream(seed, bits, length):
     vector = zeros(length, bits)
-    add_mask(vector, seed)
+    add_masks(vector, [seed])
     assert vector.tolist() == aes_ctr_words(seed, length, vector.itemsize)
 
 
@@ -34,7 +35,7 @@ def test_a_mask_is_the_reference_keystream(seed, bits, length):
 def test_masks_longer_than_a_block(bits, length):
     seed = b"long" * 8
     vector = zeros(length, bits)
-    add_mask(vector, seed)
+    add_masks(vector, [seed])
     size = vector.itemsize
     stream = Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor().update(bytes(length * size))
     assert (vector == np.frombuffer(stream, vector.dtype)).all()
@@ -47,12 +48,32 @@ def test_masks_cancel_modulo_two_to_the_b(chosen, bits, length, seed):
     values = np.random.default_rng(seed).integers(0, 1 << bits, length).astype(word_type(bits))
     vector = values.copy()
     for one in chosen:
-        add_mask(vector, one)
+        add_masks(vector, [one])
     reduce(vector, bits)  # as the sender packs it
     for one in reversed(chosen):
-        subtract_mask(vector, one)
+        subtract_masks(vector, [one])
     reduce(vector, bits)
     assert (vector == values).all()
+
+
+@pytest.mark.parametrize("bits", [16, 24])
+def test_many_masks_at_once_are_one_after_another(bits, monkeypatch):
+    """More seeds than ciphers open at a time, over more than a block."""
+    monkeypatch.setattr(masks_module, "_STREAMS", 3)
+    chosen = [bytes([i]) * 32 for i in range(8)]
+    together, single = zeros(40_000, bits), zeros(40_000, bits)
+    add_masks(together, chosen[:7])
+    subtract_masks(together, chosen[5:])
+    for i, seed in enumerate(chosen):
+        if i < 7:
+            add_masks(single, [seed])
+        if i >= 5:
+            subtract_masks(single, [seed])
+    assert (together == single).all()
+    slow = [aes_ctr_words(seed, 30, together.itemsize) for seed in (*chosen[:5], chosen[7])]
+    modulus = 1 << 8 * together.itemsize
+    expected = [(sum(column[:5]) - column[5]) % modulus for column in zip(*slow, strict=True)]
+    assert together[:30].tolist() == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -90,7 +111,7 @@ def test_bits_behind_the_last_value_are_refused():
 def test_a_mask_never_becomes_an_array(bits):
     vector = zeros(1_000_000, bits)
     tracemalloc.start()
-    add_mask(vector, b"s" * 32)
+    add_masks(vector, [b"s" * 32])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 200_000
@@ -101,8 +122,8 @@ def test_a_mask_is_uniform_and_two_have_nothing_in_common(bits):
     """Chi-square over bytes, bit balance, and correlation, each within 5 standard deviations; the seeds are fixed."""
     length = 200_000
     one, other = zeros(length, bits), zeros(length, bits)
-    add_mask(one, b"1" * 32)
-    add_mask(other, b"2" * 32)
+    add_masks(one, [b"1" * 32])
+    add_masks(other, [b"2" * 32])
     octets = np.bincount(one.view(np.uint8), minlength=256)
     expected = one.nbytes / 256
     chi_square = float(((octets - expected) ** 2 / expected).sum())

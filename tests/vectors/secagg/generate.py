@@ -33,7 +33,7 @@ from fedcore.secagg.client import split_upload  # noqa: E402
 from fedcore.secagg.crypto import EcdsaKey, agree, digest, domain, pair_seed  # noqa: E402
 from fedcore.secagg.dealing import commitment_to, share_leaf  # noqa: E402
 from fedcore.secagg.encoding import Message  # noqa: E402
-from fedcore.secagg.masks import WIDTHS, add_mask, pack, reduce, zeros  # noqa: E402
+from fedcore.secagg.masks import WIDTHS, add_masks, pack, reduce, zeros  # noqa: E402
 from fedcore.secagg.merkle import MerkleTree, leaf_hash  # noqa: E402
 from fedcore.secagg.messages import (  # noqa: E402
     APPROVAL,
@@ -122,7 +122,7 @@ def masks() -> list[Json]:
     found = []
     for bits in WIDTHS:
         vector = zeros(40_000, bits)
-        add_mask(vector, bytes(range(32)))
+        add_masks(vector, [bytes(range(32))])
         reduce(vector, bits)
         found.append(
             {"bits": bits, "seed": bytes(range(32)).hex(), "length": 40_000, "first": vector[:9].tolist(),

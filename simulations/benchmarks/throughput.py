@@ -6,6 +6,9 @@ forked processes with half of the clients each, torch.optim.SGD, a weighted sum.
 are printed, and max_abs_diff is the largest difference of a parameter after one round.
 
     python -m simulations.benchmarks.throughput --model cnn --qat --json
+
+With --dp the work is private (DP-SGD, clipping norm 1, noise multiplier 1) and the loop beside it Opacus's; both then run in this
+process alone, without a coordinator.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -41,10 +45,11 @@ from fedcore.quantization.layers import calibrate
 from fedcore.state.sqlite import RunStore
 from fedcore.training.client import DATA_ORDER
 from fedcore.training.engine import choose_engine
-from fedcore.training.plan import LocalPlan, batch_order, client_rng
+from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, batch_order, client_rng
 
 HOLDERS, EXAMPLES, SHAPE, CLASSES = 100, 50, (1, 28, 28), 10
 PLAN = LocalPlan(epochs=1, batch_size=10, lr=0.1)
+STEP_NOISE = 3  # purpose of a generator, beside DATA_ORDER
 
 
 def federation(clients: int) -> FederatedData:
@@ -180,6 +185,29 @@ def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def measure_dp(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
+    """Run our loop and Opacus's in turn."""
+    from simulations.benchmarks.dpsgd import measure_private
+
+    built = assembly(config, clients)
+    train = built.data.dataset.train
+    if config.quantization.enabled:
+        calibrate(built.model, [torch.from_numpy(train.take(built.data.calibration).x)])
+
+    def cohort(number: int) -> list[ClientData]:
+        return [
+            ClientData(
+                client, torch.from_numpy(train.x[part]), torch.from_numpy(train.y[part]),
+                client_rng(0, number, client, DATA_ORDER), client_rng(0, number, client, STEP_NOISE),
+            )
+            for client, part in enumerate(built.data.clients)
+        ]  # fmt: skip
+
+    plan = replace(PLAN, dp=DpSgdPlan(clipping_norm=1.0, noise_multiplier=1.0))
+    found = measure_private(built.model, cohort, plan, rounds)
+    return {"model": config.model.name, "qat": config.quantization.enabled} | found
+
+
 def start_up(arguments: list[str]) -> float:
     """Seconds from the start of a fresh process to the end of its imports, data, model and workers: the first round follows."""
     command = [sys.executable, "-m", "simulations.benchmarks.throughput", "--started", *arguments]
@@ -196,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rounds of federated training beside a plain torch loop on two processes.")
     parser.add_argument("--model", choices=("cnn", "mlp", "lenet", "dscnn"), default="cnn")
     parser.add_argument("--qat", action="store_true", help="train quantization-aware and send int8 weights")
+    parser.add_argument("--dp", action="store_true", help="DP-SGD in one process, beside Opacus's loop instead of the plain one")
     parser.add_argument("--engine", choices=("auto", "loop", "vmap"), default="auto")
     parser.add_argument("--clients", type=int, default=100, help="clients a round (memory must not grow with it)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured of each; medians are printed")
@@ -217,8 +246,11 @@ def main() -> None:
         with ours(config, given.clients):
             print(time.time())
         return
-    found = measure(config, given.clients, given.rounds)
-    found["startup_seconds"] = start_up(["--model", given.model, "--engine", given.engine, *(["--qat"] if given.qat else [])])
+    if given.dp:
+        found = measure_dp(config, given.clients, given.rounds)
+    else:
+        found = measure(config, given.clients, given.rounds)
+        found["startup_seconds"] = start_up(["--model", given.model, "--engine", given.engine, *(["--qat"] if given.qat else [])])
     if given.json:
         print(json.dumps(found))
     else:

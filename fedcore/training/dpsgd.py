@@ -22,15 +22,16 @@ from fedcore.training.ghost import PerExample
 from fedcore.training.per_example import GradientChoice, check_per_example
 from fedcore.training.plan import ClientData, LocalPlan
 
-__all__ = ["DpSgd", "GaussianNoise", "add_clipped", "clipping_factors", "noise_of"]
+__all__ = ["GaussianNoise", "PrivateSteps", "add_clipped", "clipping_factors", "noise_of"]
 
 
 class GaussianNoise:
     """Normal vectors from AES-128 in counter mode, keyed by 128 bits of the generator given.
 
     Box and Muller's transform, with 64 bits for a radius and 32 for an angle; beyond 9.3 standard deviations (probability
-    1e-20) nothing is drawn. Noise that becomes known does not give away the rest, as it would with a
-    simulation's generator, and the cipher is faster.
+    1e-20) nothing is drawn. Noise that becomes known does not give away the rest, as it would with a simulation's generator,
+    and the cipher is faster. The values are floating-point numbers, which are not evenly spaced (Mironov 2012): what follows
+    from their lowest bits is not covered by the accounting, here as in every DP-SGD in floating point.
     """
 
     _PAIRS = 1 << 16  # drawn at a time; part of the definition of the stream
@@ -47,7 +48,7 @@ class GaussianNoise:
             bits = torch.empty(12 * pairs + 15, dtype=torch.uint8)  # the cipher asks for room for one block more
             self._stream.update_into(memoryview(self._ZEROS)[: 12 * pairs], bits.numpy().data)
             wide = bits[: 8 * pairs].view(torch.int64).to(out.dtype)
-            radius = wide.abs_().clamp_(min=1).mul_(2.0**-63).log_().mul_(-2 * deviation**2).sqrt_()
+            radius = wide.abs_().clamp_(min=1).mul_(2.0**-63).log_().mul_(-2).sqrt_().mul_(deviation)
             narrow = bits[8 * pairs : 12 * pairs].view(torch.int32).to(out.dtype)
             angle = narrow.mul_(math.pi * 2.0**-31)
             torch.cos(angle, out=piece[:pairs]).mul_(radius)
@@ -80,7 +81,7 @@ def add_clipped(gradients: Callable[[Tensor, Tensor], PerExample], x: Tensor, y:
     """
     found = gradients(x, y)
     norms = found.norms()
-    if math.isfinite(float(norms.sum(dtype=torch.float64))):
+    if math.isfinite(float(norms.max())):
         found.add(clipping_factors(norms, bound).mul_(scale))
     else:  # zero times nan is nan: the sum is taken again, without them
         kept = torch.isfinite(norms)
@@ -89,7 +90,7 @@ def add_clipped(gradients: Callable[[Tensor, Tensor], PerExample], x: Tensor, y:
     return found.loss
 
 
-class DpSgd:
+class PrivateSteps:
     """Private gradients of a model whose trainable parameters' ``grad`` are views of the vector ``gradient`` [d].
 
     ``microbatch``: examples in one forward pass; a larger batch is accumulated before its one noisy step.

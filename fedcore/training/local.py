@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedcore.training.dpsgd import DpSgd
+from fedcore.training.dpsgd import PrivateSteps
 from fedcore.training.plan import ClientData, LocalPlan, LocalResult, batch_order, poisson_batches
 
 __all__ = ["FlatParameters", "LoopTrainer"]
@@ -46,7 +46,7 @@ class LoopTrainer:
     def __init__(self, model: nn.Module, microbatch: int = 64) -> None:
         self.model = model.train()
         self.flat = FlatParameters(model)
-        self.private = DpSgd(self.model, self.flat.gradient, microbatch)
+        self.private = PrivateSteps(self.model, self.flat.gradient, microbatch)
 
     def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
         """See `plan.LocalTrainer`."""

@@ -117,6 +117,8 @@ class Coordinator:
     def receive_upload(self, index: int, head: bytes, vector: bytes | memoryview) -> None:
         """Take an upload (see `split_upload`). The vector is checked, not kept; a second upload of a client is refused."""
         checked = self._agreed[1]
+        if not 0 <= index < self._header.clients:
+            raise Refused(f"there is no client {index} in a cohort of {self._header.clients}")
         certificate = self._check_ins[index].certificate
         with blaming(f"client {index} ({certificate.name})"):
             if self._survivors is not None or index in self._received:

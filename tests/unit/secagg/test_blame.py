@@ -1,5 +1,7 @@
 """Must hold 4 and the attribution of 5: whatever is damaged is rejected with its sender's name, and liars are named."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,7 +12,7 @@ from fedcore.errors import Misbehaviour, Refused
 from fedcore.secagg.coordinator import Coordinator
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.messages import CheckIn, Offer, Screening
-from fedcore.secagg.trust import check_check_in, check_offer, issue_certificate
+from fedcore.secagg.trust import check_check_in, check_offer, check_trust, issue_certificate, sign_trust
 
 
 def complete(seed=0):
@@ -169,3 +171,16 @@ def test_answers_from_nobody_are_refused():
     for member in (0, 2, 5):
         with pytest.raises(Misbehaviour, match=f"member {member}"):
             current.coordinator.receive_certification(member, certification)
+
+
+def test_a_trust_bundle_is_signed_by_the_key_that_devices_know():
+    world = World(clients=0)
+    check_trust(world.trust, world.root.public)
+    other = Ed25519Key(b"r" * 32)
+    with pytest.raises(Refused, match="trust bundle"):
+        check_trust(world.trust, other.public)
+    for changes in ({"threshold": 4}, {"population": "watches"}, {"enrolment_key": other.public}):
+        with pytest.raises(Refused, match="trust bundle"):
+            check_trust(dataclasses.replace(world.trust, **changes), world.root.public)
+    with pytest.raises(Refused, match="one key"):
+        sign_trust(world.root, "phones", other.public, 3, 1, [other.public, other.public, world.root.public, other.public])

@@ -1,5 +1,6 @@
 """Whole rounds over the real machines: Must hold 1, 2 and 5's bad box, against the plain modular sum."""
 
+import dataclasses
 import itertools
 from functools import cache
 
@@ -13,6 +14,7 @@ from fedcore.errors import Refused, RoundFailed
 from fedcore.secagg.client import split_upload
 from fedcore.secagg.masks import WIDTHS, add_packed, zeros
 from fedcore.secagg.messages import UploadHead
+from fedcore.secagg.neighbours import circle_of
 
 numbers = itertools.count(1)
 CLIENTS = 7
@@ -81,6 +83,32 @@ def refused_by(current, i) -> set[int]:
     """The members whose box of client i is garbled."""
     head = UploadHead.decode(split_upload(current.sent[i])[0])
     return {a for a, box in zip(current.header.points, head.boxes, strict=True) if not any(box)}
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_a_circulant_graphs_sum_is_exact_while_every_window_holds(data):
+    """Sixteen clients with six neighbours, two survivors in every window of three; the rest may vanish."""
+    world = circulant_world()
+    current = world.begin(next(numbers), degree=6, window_survivors=2, bits=data.draw(st.sampled_from(WIDTHS)))
+    dropped = data.draw(st.sets(st.integers(0, 15), max_size=6))
+    alive = sorted(set(range(16)) - dropped)
+    current.upload(alive)
+    current.screen()
+    circle = circle_of(current.coordinator.plan(NOW).seed, 16)
+    holds = all(sum(circle[(start + step) % 16] not in dropped for step in range(3)) >= 2 for start in range(16))
+    if not holds:
+        with pytest.raises(RoundFailed, match="window"):
+            current.certify()
+        return
+    current.certify()
+    current.release()
+    assert current.total().tolist() == current.plain(alive)
+
+
+@cache
+def circulant_world() -> World:
+    return World(clients=16, seed=15, policy=dataclasses.replace(POLICY, corrupt_clients=2, minimum_survivors=4))
 
 
 def test_survivors_are_never_fewer_than_the_plan_demands():
@@ -194,3 +222,11 @@ def test_a_round_ends_with_its_time():
     current.upload(range(8))
     with pytest.raises(Refused, match=r"coordinator: .*(not open|ends at)"):
         world.members[1].screen(current.coordinator.screen_request(1), END)
+
+
+def test_an_upload_of_nobody_is_refused():
+    world = World(seed=16)
+    current = world.begin()
+    for index in (-1, 8):
+        with pytest.raises(Refused, match=f"no client {index}"):
+            current.receive(index, b"\0\0\0\0")

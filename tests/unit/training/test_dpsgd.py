@@ -24,6 +24,15 @@ PATHS = ("ghost-channels-last", "ghost", "opacus")
 PRIVATE = LocalPlan(2, 5, 0.05, 0.9, 0.01, 0.1, dp=DpSgdPlan(clipping_norm=0.7, noise_multiplier=0.8))
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As a worker trains; threads that wait for each other on a busy machine take six times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def network(name: str, quantized: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     model: nn.Module = ZOO[name](SHAPES[name], 4)

@@ -19,6 +19,15 @@ SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 12, 12), "lenet": (1, 16, 16), "dscnn": (
 PATHS = ("ghost-channels-last", "ghost", "opacus")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """As a worker trains; threads that wait for each other on a busy machine take six times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def examples(shape: tuple[int, ...], n: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     return torch.randn(n, *shape, dtype=torch.float64, generator=generator), torch.arange(n) % 3

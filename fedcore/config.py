@@ -170,7 +170,7 @@ class PrivacyConfig:
         "gaussian", "gaussian: noise on the device in each step (example), or on the sum by a trusted coordinator (client); "
         "skellam: every client adds its share before the sum (client)", choices=("gaussian", "skellam"),
     )  # fmt: skip
-    clipping_norm: float = _key(1.0, "L2 norm to which an example's gradient or a client's update is clipped", above=0, high=1e6)
+    clipping_norm: float = _key(1.0, "L2 norm to which an example's gradient or a client's update is clipped", low=1e-6, high=1e6)
     noise_multiplier: float = _key(
         0.0, "standard deviation of the noise in clipping norms; 0 = solved for target_epsilon", low=0, high=1e4
     )
@@ -188,8 +188,9 @@ class PrivacyConfig:
     )
     adaptive_rate: float = _key(0.2, "learning rate of the adaptive clipping norm, per round", above=0, high=2)
     adaptive_noise: float = _key(
-        0.0, "standard deviation of the noise on the count of unclipped clients; 0 = cohort.size / 20", low=0
-    )
+        0.0, "standard deviation of the noise on the count of unclipped clients; 0 = cohort.size / 20, at least noise_multiplier",
+        low=0, high=1e6,
+    )  # fmt: skip
     loss_cap: float = _key(
         0.0, "training loss, clipped to this, is released inside the noised vector (client); 0 = withheld", low=0
     )
@@ -427,6 +428,10 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
             yield f"[privacy] of unit {one.unit}: delta must be given, well below one over the number of {one.unit}s"
         if "://" in one.ledger and "@" in one.ledger:
             yield "privacy.ledger: a scenario is no place for a password; put it into the environment as FEDCORE_LEDGER_PASSWORD"
+        if not one.adaptive_quantile and (one.adaptive_noise or one.adaptive_rate != PrivacyConfig().adaptive_rate):
+            yield "privacy.adaptive_rate and adaptive_noise have no meaning without adaptive_quantile"
+        if config.checkpoint.every > 1:
+            yield "checkpoint.every must be 1 with [privacy]: a round that is charged is committed"
         usual = PrivacyConfig()
         for key in _MEANINGLESS.get((one.unit, one.mechanism), ()):
             if getattr(one, key) != getattr(usual, key):

@@ -35,6 +35,7 @@ __all__ = [
     "Answer",
     "ClientGrid",
     "Facts",
+    "Roster",
     "answer_all",
     "assume_identity",
     "check_addressees",
@@ -261,6 +262,23 @@ class ClientGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:  # noqa: ARG002 - the name is Flower's
         """Not available: what comes back must be screened."""
         return _send_and_receive_only()
+
+
+class Roster(ClientGrid):
+    """What a strategy sees of a grid whose clients are protected: who was drawn. It asks them by the messages it returns."""
+
+    def __init__(self, grid: Any) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The clients drawn."""
+        return list(self._grid.get_node_ids())
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:  # noqa: ARG002
+        """Not available: what is not charged must not be asked."""
+        raise Refused(
+            "with [privacy] a strategy asks clients by the messages it returns, which are charged; it cannot send its own"
+        )
 
 
 def _send_and_receive_only() -> NoReturn:

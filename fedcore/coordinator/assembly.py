@@ -12,7 +12,7 @@ from torch import nn
 from fedcore.config import RunConfig
 from fedcore.coordinator.privacy import Protection, protect
 from fedcore.coordinator.strategy import build_strategy
-from fedcore.data import FederatedData, federate, load_dataset
+from fedcore.data import FederatedData, federate, load_dataset, normalised_by_test
 from fedcore.errors import Refused
 from fedcore.models import ParameterLayout, build_model, check_model, layout_of
 from fedcore.training.client import Clients
@@ -24,7 +24,8 @@ __all__ = ["Assembly", "assemble", "build_clients"]
 
 @dataclass(frozen=True)
 class Assembly:
-    """``config`` is resolved: engine and device are the ones chosen. ``model`` is the coordinator's own, on the CPU."""
+    """``config`` is resolved: engine and device are the ones chosen. ``model`` is the coordinator's own, on the CPU. ``salt``
+    keeps the simulated noise of runs apart that share a ledger."""
 
     config: RunConfig
     data: FederatedData
@@ -32,15 +33,18 @@ class Assembly:
     engine: Engine
     strategy: Strategy
     protection: Protection = Protection()
+    salt: str = ""
 
     def origin(self) -> dict[str, list[float]]:
         """What data and initial model look like, to notice that a run is continued with others.
 
-        The mean of every 8th feature over the examples, and the initial model's logits of a few of them; to be compared with
-        a tolerance, since processors differ in last bits.
+        The mean of every 8th feature over the examples, and the initial model's logits of a few of the coordinator's; to be
+        compared with a tolerance, since processors differ in last bits. Where anything is private, over the coordinator's test
+        examples alone.
         """
-        train, start = self.data.dataset.train, _model(self.config, self.data).eval()
-        sample = torch.from_numpy(train.take(self.data.calibration[:4]).x)
+        dataset, start = self.data.dataset, _model(self.config, self.data).eval()
+        train = dataset.test if self.config.privacy else dataset.train
+        sample = torch.from_numpy(dataset.train.take(self.data.calibration[:4]).x)
         with torch.no_grad():
             logits = start(sample).reshape(-1).tolist()
         return {"data": train.x.reshape(len(train), -1)[:, ::8].mean(0, dtype=np.float64).tolist(), "model": logits}
@@ -59,6 +63,7 @@ def assemble(config: RunConfig) -> Assembly:
     """
     strategy = build_strategy(config)
     dataset = load_dataset(config.data, config.folder, config.run.seed)
+    dataset = normalised_by_test(dataset) if config.privacy else dataset
     data = federate(config.data, dataset, config.run.seed)
     for key, size in (("size", config.cohort.size), ("evaluate_size", config.cohort.evaluate_size)):
         if size > len(data.clients):
@@ -78,7 +83,9 @@ def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
     """The clients of an assembled scenario, with a model of their own; ``real`` ones are not simulated."""
     config = assembly.config
     model = _model(config, assembly.data)
-    return Clients(model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real)
+    return Clients(
+        model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real, salt=assembly.salt
+    )
 
 
 def _model(config: RunConfig, data: FederatedData) -> nn.Module:

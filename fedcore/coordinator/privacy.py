@@ -78,7 +78,7 @@ class ClientUnit:
         return plan_release(
             self.dimension, clipping_norm, self.noise_multiplier, self.cohort,
             weight_cap=one.weight_cap, loss_cap=one.loss_cap, shares=shares,
-            bit_noise=(one.adaptive_noise or self.cohort / 20) if one.adaptive_quantile else 0.0,
+            bit_noise=(one.adaptive_noise or max(self.cohort / 20, self.noise_multiplier)) if one.adaptive_quantile else 0.0,
         )  # fmt: skip
 
     def next_norm(self, clipping_norm: float, unclipped: float | None) -> float:
@@ -123,15 +123,15 @@ class Protection:
             found.append(Charge(run, round_number, attempt, "client", spent, clients, now, delta))
         return found
 
-    def resting(self, round_number: int, run: str, history: Sequence[Charge]) -> frozenset[int]:
+    def resting(self, history: Sequence[Charge]) -> frozenset[int]:
         """Clients that must not take part in a round: their participations are used up, or the last one is too recent.
 
-        ``history``: the population's charges, in order. Those of this very round, from before a crash, do not count.
+        ``history``: the population's charges before the round, in order.
         """
         if self.client is None:
             return frozenset()
         cap, separation = self.client.config.max_participations, self.client.config.min_separation
-        releases = [c.clients for c in history if c.unit == "client" and (c.run, c.round) != (run, round_number)]
+        releases = [charge.clients for charge in history if charge.unit == "client"]
         taken = Counter(client for clients in releases for client in clients) if cap else {}
         recent = {client for clients in releases[max(0, len(releases) - separation + 1) :] for client in clients}
         return frozenset(int(client) for client in recent | {client for client, count in taken.items() if count >= cap})
@@ -161,11 +161,13 @@ class Protection:
             Refused: it changed the private part of the training configuration, or did not address the drawn cohort.
         """
         expected = task.guarded()
+        if not all(isinstance(message, Message) for message in messages):
+            raise Refused("the strategy must give messages")
         for content in {id(message.content): message for message in messages}.values():
             found = RoundTask.from_table(only_record(content, ConfigRecord)).guarded()
             for key, value in expected.items():
-                if found[key] != value:
-                    raise Refused(f"the strategy changed {key} from {value} to {found[key]}, on which the privacy of the run rests")
+                if found.get(key) != value or type(found.get(key)) is not type(value):
+                    raise Refused(f"the strategy changed {key} from {value} to {found.get(key)}, on which the run's privacy rests")
         if self.client is not None and len(messages) != len(cohort):
             raise Refused(
                 f"the strategy addressed {len(messages)} of the {len(cohort)} clients drawn; with privacy of unit client it must "
@@ -209,7 +211,9 @@ def _client_unit(one: PrivacyConfig, config: RunConfig, population: int, dimensi
     def event(noise: float) -> GaussianRelease | SkellamRelease:
         return unit(noise).event(unit(noise).release(1, one.clipping_norm))
 
-    rounds = config.run.rounds if one.sampling == "poisson" else min(one.max_participations or math.inf, config.run.rounds)
-    chosen = unit(one.noise_multiplier or solve_noise(event, int(rounds), one.target_epsilon, one.delta))
+    rounds = config.run.rounds
+    if one.sampling == "fixed":  # of which a client takes part in no more than cap and separation let it
+        rounds = min(one.max_participations or rounds, math.ceil(rounds / one.min_separation))
+    chosen = unit(one.noise_multiplier or solve_noise(event, rounds, one.target_epsilon, one.delta))
     chosen.release(1, one.clipping_norm)  # refuses what has no plan, before anything is begun
     return chosen

@@ -24,7 +24,7 @@ from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
-from fedcore.flower import Facts, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
+from fedcore.flower import Facts, Roster, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
 from fedcore.privacy.randomness import derive_key
 from fedcore.privacy.release import Release
@@ -94,7 +94,8 @@ class Coordinator:
                 'every contribution, so use "gaussian", or simulate'
             )
         self._grid, self._store, self._model = grid, store, assembly.model
-        self._shown = cast("Grid", grid)  # strategies of Flower call no more of a Grid than a DrawnGrid has
+        # Strategies of Flower call no more of a Grid than a DrawnGrid has; where anything is private, none may ask clients itself.
+        self._shown = Roster(grid) if assembly.config.privacy else cast("Grid", grid)
         frozen = layout_of(self._model, trainable=False)
         values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if not p.requires_grad}
         self._frozen_bytes = len(encode_model(frozen.wire_tensors(frozen.join(values)))) if values else 0
@@ -178,8 +179,9 @@ class Coordinator:
         """The round's cohort."""
         seed, population, size = self.config.run.seed, len(self.assembly.data.clients), self.config.cohort.size
         resting = self._budget.resting(number) if self._budget else ()
-        if self._client_unit and self._client_unit.rate:
-            key = derive_key("coins", seed, number) if self._grid.simulated else secrets.token_bytes(32)
+        if self._client_unit and 0 < self._client_unit.rate < 1:
+            simulated = derive_key("coins", seed, self.assembly.salt, number)
+            key = simulated if self._grid.simulated else secrets.token_bytes(32)
             return toss_coins(key, population, self._client_unit.rate, resting)
         cohort = draw_cohort(seed, number, population, size, TRAIN, resting)
         if len(cohort) < (size or population) and self._client_unit:

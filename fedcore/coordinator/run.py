@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
-from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +38,10 @@ _MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {
 
 
 _OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
+_SIMULATED = (
+    "This run was simulated: noise and coins derive from run.seed, so that it repeats to the bit. Whoever knows the seed, which "
+    "stands in the run's files, can take the noise off: the numbers are the mechanism's, not those of a model beside its seed."
+)
 
 
 class RunGrid(DrawnGrid, Protocol):
@@ -66,6 +69,9 @@ class FederatedRun:
         self.directory = directory
         self.assembly = assemble(config)
         self.config = self.assembly.config
+        if any(one.ledger for one in self.config.privacy):
+            # Releases of several runs of one seed would carry the same noise, which their difference is without.
+            self.assembly = dataclasses.replace(self.assembly, salt=_run_id(directory))
         self.grid = connect(self.assembly)
         try:
             directory.mkdir(parents=True, exist_ok=True)
@@ -105,10 +111,8 @@ class FederatedRun:
                 f"[[privacy]]: one run has one ledger, not {' and '.join(sorted(place or 'its own' for place in places))}"
             )
         (place,) = places
-        local, password = place and "://" not in place, os.environ.get("FEDCORE_LEDGER_PASSWORD", "")
+        local = place and "://" not in place
         where = self.config.folder / place if local else place or self.directory
-        if "://" in place and password:
-            where = place.replace("://", f"://:{quote(password, safe='')}@", 1)
         return Ledger(open_ledger(where), f"{self.config.data.dataset} {self.assembly.data.digest()}")
 
     def _check_continuation(self) -> None:
@@ -186,8 +190,13 @@ class FederatedRun:
             one = protection.example.plan if unit == "example" and protection.example else protection.client
             spending = self._ledger.spending(unit) if self._ledger else None
             found[unit] = spent | {"noise_multiplier": one.noise_multiplier if one else None}
-            if spending:
-                found[unit] |= {"participations": spending.participations, "statement": asdict(spending.statement)}
+            if not spending:
+                continue
+            words = asdict(spending.statement)
+            if self.grid.simulated:
+                words["not_concluded"] = [*words["not_concluded"], _SIMULATED]
+            sampled = protection.client is not None and 0 < protection.client.rate < 1
+            found[unit] |= {"participations": None if sampled else spending.participations, "statement": words}
         return found
 
     def _export(self) -> tuple[dict[str, int], dict[str, Any]]:
@@ -259,6 +268,13 @@ def _cohort(assembly: Assembly) -> CohortGrid:
     workers = 1 if single else assembly.config.engine.workers or available_workers()
     mean, released = accepts_mean(assembly.strategy), assembly.protection.released
     return CohortGrid(build_clients(assembly), assembly.layout, mean=mean, workers=workers, released=released)
+
+
+def _run_id(directory: Path) -> str:
+    """The run's id; the store is closed again, since workers that are forked must not inherit it."""
+    store = RunStore(directory)
+    store.close()
+    return store.run_id
 
 
 def _worked(entry: Metrics) -> int:

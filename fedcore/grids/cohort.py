@@ -178,14 +178,16 @@ class CohortGrid(ClientGrid):
         good, dropped, examples, loss, up = [], [], 0, 0.0, 0
         for reply in self._clients.train(values, job.clients, job.task):
             up += reply.bytes_up
-            if reply.update is None:
+            if reply.reason:
                 dropped.append((reply.client, reply.reason))
-                continue
-            good.append(reply.client)
             if release and reply.contribution is not None:
+                good.append(reply.client)
                 out[: release.size] += release.accept(reply.contribution)
                 examples += 1
                 continue
+            if reply.update is None:
+                continue
+            good.append(reply.client)
             weighted[: self._layout.size].add_(reply.update.cpu(), alpha=reply.examples)
             examples += reply.examples
             loss += reply.loss * reply.examples

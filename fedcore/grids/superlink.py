@@ -23,6 +23,7 @@ from fedcore.flower import (
     Facts,
     answer_all,
     assume_identity,
+    check_addressees,
     check_one_content,
     facts_of,
     from_record,
@@ -104,6 +105,7 @@ class SuperLinkGrid(ClientGrid):
         self.observed, sent = Facts(), list(messages)
         if self.mean:
             check_one_content(sent)
+        check_addressees(sent, [self._node_of[client] for client in self.nodes] or [NOBODY])
         if sent and (release := _task(sent[0]).release) and kind_of(sent[0]) == MessageType.TRAIN:
             return self._publish(sent, release, timeout)
         parts, dropped = self._parts(sent, timeout)

@@ -121,7 +121,7 @@ def clip_factor(vector: Doubles, norm: float) -> float:
         raise Refused(f"the clipping norm must be a positive number, got {norm}")
     values = np.asarray(vector, np.float64).reshape(-1)
     with np.errstate(over="ignore", invalid="ignore"):
-        squared = float(values @ values)
+        squared = float(np.einsum("i,i->", values, values))  # a BLAS would start threads, which workers must not
     if math.isfinite(squared):
         length = math.sqrt(squared)
         return norm / length if length > norm else 1.0

@@ -55,6 +55,11 @@ class Release:
         vector = self.joint.encode(update.astype(np.float64) * weight(examples, self.weight_cap), loss)
         return encode(self.shares, vector, random) if self.shares else vector.astype(np.float32)
 
+    def nothing(self, random: RandomBytes) -> Contribution:
+        """What a client sends [size] that has nothing to say: zeros, which count as half a clipping bit and half the loss cap."""
+        zeros = np.zeros(self.joint.size)
+        return encode(self.shares, zeros, random) if self.shares else zeros.astype(np.float32)
+
     def accept(self, sent: npt.NDArray[Any]) -> Doubles:
         """The summand [size] for what a client sent, which may be anything. Up to 2^21 summands of shares add up exactly.
 

@@ -282,7 +282,7 @@ def _round(scaled: Doubles, squared_norm_bound: int, random: RandomBytes) -> Dou
 
 def _squared_norm(integers: Doubles) -> int:
     """Exact: a float64 sum of squares that stays below 2^53 was never rounded, since it only grows."""
-    fast = float(integers @ integers)
+    fast = float(np.einsum("i,i->", integers, integers))
     return int(fast) if fast < 2**53 else sum(value * value for value in map(int, integers.tolist()))
 
 

@@ -17,6 +17,7 @@ from fedcore.privacy.ledger import LedgerStore, PositionTaken
 __all__ = ["LEDGER_FILE", "SqliteLedger", "open_ledger"]
 
 LEDGER_FILE = "ledger.sqlite"
+LEDGER_PASSWORD = "FEDCORE_LEDGER_PASSWORD"  # noqa: S105 - the name of the environment's variable
 _APPLICATION = 0x46434C31  # "FCL1"
 _EXTRA = 3
 _SCHEMA = (
@@ -37,7 +38,9 @@ def open_ledger(where: str | Path, *, write: bool = True) -> LedgerStore:
     if "://" in str(where):
         from fedcore.state.redis import RedisLedger
 
-        return RedisLedger(str(where), write=write)
+        url, password = str(where), os.environ.get(LEDGER_PASSWORD, "")
+        named = password and "@" not in url
+        return RedisLedger(url.replace("://", f"://:{quote(password, safe='')}@", 1) if named else url, write=write)
     path = Path(where)
     return SqliteLedger(path / LEDGER_FILE if path.is_dir() else path, write=write)
 
@@ -52,6 +55,7 @@ class SqliteLedger:
         with self._clear_errors():
             if write:
                 _make_durable_directory(path.parent)
+                os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # it names who took part
             uri = f"file:{quote(str(path.absolute()))}?mode={'rwc' if write else 'rw'}"
             self._db = sqlite3.connect(uri, uri=True, timeout=5, isolation_level=None)
             try:

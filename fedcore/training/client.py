@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +30,7 @@ __all__ = ["DATA_ORDER", "SCORE_BYTES", "ClientReply", "Clients", "RoundTask", "
 
 Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
-DATA_ORDER, _ROUNDING, _STEP_NOISE = 1, 2, 3  # purposes of a client's randomness
+DATA_ORDER, _ROUNDING = 1, 2  # purposes of a client's generators
 _RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
 
@@ -129,12 +128,13 @@ class Clients:
     """
 
     def __init__(
-        self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str, real: bool = False
-    ) -> None:
+        self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str, real: bool = False,
+        salt: str = "",
+    ) -> None:  # fmt: skip
         self.model = model.to(engine.device)
         self.trainer = make_trainer(engine, self.model)
         self.device = torch.device(engine.device)
-        self.data, self.seed, self.encoding, self.real = data, seed, encoding, real
+        self.data, self.seed, self.encoding, self.real, self.salt = data, seed, encoding, real, salt
         self._ranges: Mapping[str, ActivationRange] = {}
 
     def train(self, start: Tensor, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
@@ -149,7 +149,10 @@ class Clients:
             try:
                 results = list(self.trainer.train(start, [self._examples(client, task) for client in group], task.plan))
             except Exception as error:  # noqa: BLE001 - a user's model may raise anything; the other clients go on
-                yield from (self._failed(client, f"training failed: {_first_line(error)}") for client in group)
+                if len(group) > 1:  # one of them failed, and costs nobody else its part
+                    yield from (reply for client in group for reply in self.train(start, [client], task))
+                else:
+                    yield self._failed(group[0], f"training failed: {_first_line(error)}", task)
                 continue
             yield from (self._reply(result, task) for result in results)
 
@@ -168,29 +171,31 @@ class Clients:
 
     def _examples(self, client: int, task: RoundTask) -> ClientData:
         examples = self.data.dataset.train.take(self.data.clients[client])
-        secret = self.real and task.plan.dp is not None
-        order, noise = (
-            np.random.default_rng(secrets.randbits(256)) if secret else client_rng(self.seed, task.round_number, client, purpose)
-            for purpose in (DATA_ORDER, _STEP_NOISE)
-        )
-        return ClientData(client, self._tensor(examples.x), self._tensor(examples.y), order, noise)
-
-    def _randomness(self, client: int, task: RoundTask) -> RandomBytes:
-        """Where a client's share of the noise comes from."""
-        return os.urandom if self.real else keystream(derive_key("share", self.seed, task.round_number, client))
+        x, y = self._tensor(examples.x), self._tensor(examples.y)
+        if task.plan.dp is None:
+            return ClientData(client, x, y, client_rng(self.seed, task.round_number, client, DATA_ORDER))
+        coins, noise = (self._generator(purpose, client, task) for purpose in ("batches", "steps"))
+        return ClientData(client, x, y, coins, noise)
 
     def noise(self, task: RoundTask) -> RandomBytes:
         """Where the noise comes from that a trusted coordinator adds to the sum of a round."""
-        return os.urandom if self.real else keystream(derive_key("sum", self.seed, task.round_number))
+        return self._random("sum", -1, task)
+
+    def _random(self, purpose: str, client: int, task: RoundTask) -> RandomBytes:
+        """What protects a client: of the operating system, or a function of run, round, client and purpose."""
+        return os.urandom if self.real else keystream(derive_key(purpose, self.seed, self.salt, task.round_number, client))
+
+    def _generator(self, purpose: str, client: int, task: RoundTask) -> np.random.Generator:
+        return np.random.default_rng(int.from_bytes(self._random(purpose, client, task)(32), "little"))
 
     def _reply(self, result: LocalResult, task: RoundTask) -> ClientReply:
         # Under DP-SGD the loss stays on the client: it is exact, and also nan for a client that happened to draw no example.
         loss = 0.0 if task.plan.dp else result.loss
         reason = why_unusable(float(torch.linalg.vector_norm(result.update)), loss, task.max_update_norm)
         if reason:
-            return self._failed(result.client, reason)
+            return self._failed(result.client, reason, task)
         if task.release:
-            random = self._randomness(result.client, task)
+            random = self._random("share", result.client, task)
             contribution = task.release.contribution(result.update.cpu().numpy(), result.examples, loss, random)
             return ClientReply(result.client, result.examples, loss, result.update, "", task.release.bytes, contribution)
         update, length = result.update, update_length(result.update.numel(), self.encoding)
@@ -200,8 +205,14 @@ class Clients:
             update, length = torch.from_numpy(decode_update(sent).values), len(sent)
         return ClientReply(result.client, result.examples, loss, update, "", length)
 
-    def _failed(self, client: int, reason: str) -> ClientReply:
-        return ClientReply(client, len(self.data.clients[client]), math.nan, None, reason, 0)
+    def _failed(self, client: int, reason: str, task: RoundTask) -> ClientReply:
+        """Under a release a client whose training fails contributes nothing, as zeros: who drops must not depend on its data.
+        Under DP-SGD the reason, which may quote an example, stays on the client."""
+        examples = len(self.data.clients[client])
+        if task.release:
+            sent = task.release.nothing(self._random("share", client, task))
+            return ClientReply(client, examples, math.nan, None, reason, task.release.bytes, sent)
+        return ClientReply(client, examples, math.nan, None, "training failed" if task.plan.dp else reason, 0)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

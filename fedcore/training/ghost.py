@@ -53,11 +53,17 @@ class Factored:
         self.target, self.inputs, self.errors = target, inputs, errors
 
     def norms(self) -> Tensor:
-        """L2 norms [n]: from the inner product of both factors' Gram matrices, which for p = 1 are squared norms."""
+        """L2 norms [n]: from the inner product of both factors' Gram matrices, which for p = 1 are squared norms.
+
+        Where positions cancel, rounding can take that inner product to zero or below: its error bound is added, so that an
+        example is clipped too much rather than not at all.
+        """
         if self.inputs.dim() == 2:
             return _norms(self.inputs).mul_(_norms(self.errors))
         grams = [torch.bmm(side, side.mT) for side in (self.inputs, self.errors)]
-        return (grams[0] * grams[1]).sum((1, 2)).clamp_(min=0).sqrt_()
+        lengths = [gram.diagonal(dim1=1, dim2=2).sum(1) for gram in grams]
+        error = lengths[0].mul_(lengths[1]).mul_(4 * torch.finfo(lengths[0].dtype).eps)
+        return (grams[0] * grams[1]).sum((1, 2)).clamp_(min=0).add_(error).sqrt_()
 
     def add(self, factors: Tensor) -> None:
         """As `Materialised.add`."""

@@ -4,8 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedcore.config import RunConfig, load_config
+
+torch.set_num_threads(1)  # as in a run: small tensors on several threads are many times slower on a busy machine
 
 SCENARIO = """
 [run]

@@ -61,7 +61,7 @@ class RunStore:
                 self._db.execute(statement)
             self._db.execute("INSERT INTO run SELECT ? WHERE NOT EXISTS (SELECT 1 FROM run)", (uuid.uuid4().hex,))
             self._db.execute("COMMIT")
-            (self.run_id,) = self._db.execute("SELECT id FROM run").fetchone()
+            self.run_id = str(self._db.execute("SELECT id FROM run").fetchone()[0])
         self._directory = directory
 
     def close(self) -> None:

@@ -179,6 +179,10 @@ def test_runs_over_one_population_share_a_ledger_and_its_budget(scenario, tmp_pa
     assert second.returncode == 2
     assert f"{spent:.4g} is spent" in second.stderr
     assert len(charged(tmp_path / "people.sqlite")) == 3
+    assert stat.S_IMODE((tmp_path / "people.sqlite").stat().st_mode) == 0o600
+    again = fedcore("simulate", scenario(unit, name="one"), "--out", tmp_path / "again", "--set", "run.rounds=3")
+    assert again.returncode == 0, again.stderr
+    assert last_checkpoint(tmp_path / "again") != last_checkpoint(tmp_path / "one"), "noise of its own: theirs would cancel"
     third = fedcore("simulate", scenario(unit, name="three"), "--out", tmp_path / "three", "--set", "data.clients=13")
     assert third.returncode == 2
     assert "population" in third.stderr, "other clients stand behind the same ids"

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import tomllib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.selection import TRAIN, draw_cohort, toss_coins
 from fedcore.errors import BudgetSpent, Refused
-from fedcore.flower import assume_identity, to_record
+from fedcore.flower import Roster, assume_identity, to_record
 from fedcore.privacy.accountant import epsilon
 from fedcore.privacy.ledger import Ledger
 from fedcore.state.ledger import open_ledger
@@ -68,6 +69,8 @@ def test_what_would_void_the_guarantee_is_refused_with_the_reason(scenario, unit
         ([EXAMPLE | {"sampling": "poisson"}], "privacy.sampling has no meaning with unit"),
         ([CLIENT | {"minimum_survivors": 3}], "privacy.minimum_survivors has no meaning"),
         ([CLIENT | {"ledger": "redis://:secret@host/0"}], "no place for a password"),
+        ([CLIENT | {"adaptive_noise": 2.0}], "no meaning without adaptive_quantile"),
+        ([CLIENT | {"clipping_norm": 1e-9}], "privacy.clipping_norm must be a number >= 1e-06"),
         ([CLIENT | {"noise": 1.0}], "unknown key privacy.noise"),
         ([CLIENT | {"noise_multiplier": math.nan}], "privacy.noise_multiplier must be"),
     ],
@@ -204,6 +207,62 @@ def test_a_client_gives_no_less_protection_than_its_own_scenario_has(scenario):
     with pytest.raises(Refused, match="tells no accuracy"):
         protection.check_task(task, trains=False)
     assemble(scenario()).protection.check_task(dataclasses.replace(task, release=None), trains=False)
+
+
+def test_runs_that_protect_other_units_do_not_share_a_ledger(scenario, tmp_path):
+    budget, protection, _ = budget_of(private(scenario, CLIENT), tmp_path, "a")
+    budget.charge(1, (0, 1), protection.client.release(1, 1.0))
+    for units in ([EXAMPLE], [CLIENT, EXAMPLE]):
+        with pytest.raises(Refused, match="neither number would count the other's releases"):
+            budget_of(private(scenario, *units), tmp_path, "b")
+    budget_of(private(scenario, CLIENT), tmp_path, "b")
+
+
+def test_a_repeated_round_draws_from_what_stood_before_its_charge(scenario, tmp_path):
+    config = private(scenario, CLIENT | {"min_separation": 2})
+    first, protection, ledger = budget_of(config, tmp_path, "a")
+    second, _, _ = budget_of(config, tmp_path, "b")
+    release = protection.client.release(1, 1.0)
+    first.charge(1, (0, 1), release)
+    first.charge(2, (2, 3), release)
+    second.charge(1, (4, 5), release)
+    assert first.resting(2) == {0, 1}, "what others did since does not change it"
+    assert first.resting(3) == {4, 5}
+    assert Budget(protection, ledger, "a", fresh_noise=True).resting(2) == {4, 5}, "new noise is a new participation"
+
+
+def test_an_empty_cohort_is_paid_though_no_example_was_in_it(scenario, tmp_path):
+    config = private(scenario, CLIENT | {"sampling": "poisson"}, EXAMPLE, settings=["cohort.size=1"])
+    budget, protection, _ = budget_of(config, tmp_path)
+    budget.charge(1, (), protection.client.release(1, 1.0))
+    budget.check_paid(1)
+    told = [budget.spent(1.0, None)]
+    budget.charge(2, (3,), protection.client.release(2, 1.0))
+    told.append(budget.spent(1.0, None))
+    one = epsilon({protection.example.event: 1}, 1e-4)
+    assert [round(spent["example"]["epsilon"], 6) for spent in told] == [round(one, 6), round(epsilon(
+        {protection.example.event: 2}, 1e-4), 6)], "published numbers do not tell the coins"  # fmt: skip
+    assert all(spent["client"]["epsilon_coordinator"] > 2 for spent in told)
+
+
+def test_a_strategy_cannot_ask_clients_past_the_charges(scenario):
+    grid = Roster(SimpleNamespace(get_node_ids=lambda: (1, 2)))
+    assert list(grid.get_node_ids()) == [1, 2]
+    for call in (grid.send_and_receive, grid.push_messages, grid.pull_messages):
+        with pytest.raises(Refused):
+            call([])
+
+
+def test_statistics_of_clients_examples_are_not_used(scenario):
+    """Normalisation and the record of the data's origin come from the coordinator's own examples."""
+    public, exact = assemble(private(scenario, EXAMPLE)), assemble(scenario())
+    assert public.data.dataset.mean != exact.data.dataset.mean
+    test = public.data.dataset.test.x
+    assert abs(float(test.mean())) < 1e-5
+    assert abs(float(test.std()) - 1) < 1e-5
+    raw = [a.data.dataset.train.x * a.data.dataset.std + a.data.dataset.mean for a in (public, exact)]
+    np.testing.assert_allclose(*raw, atol=1e-5)
+    np.testing.assert_allclose(public.origin()["data"], test.reshape(len(test), -1)[:, ::8].mean(0), atol=1e-5)
 
 
 def test_coins_fall_with_their_bias_and_repeat_with_their_key():

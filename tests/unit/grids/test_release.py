@@ -15,8 +15,8 @@ from fedcore.grids.cohort import CohortGrid
 from fedcore.privacy.randomness import keystream
 from fedcore.privacy.release import plan_release
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.training.client import RoundTask
-from fedcore.training.plan import LocalPlan
+from fedcore.training.client import Clients, RoundTask
+from fedcore.training.plan import DpSgdPlan, LocalPlan
 
 SHARES = (5, 1, bytes(32))
 
@@ -135,6 +135,41 @@ def test_loss_and_clipping_ride_in_the_vector(scenario, shares):
     spread = 1.0 * bench.release.joint.norm_bound / bench.release.joint.loss_scale / 6 * 2.5
     assert abs(np.mean(losses) - true_loss) < 5 * spread / np.sqrt(30)
     assert abs(np.mean(shares_unclipped) - 1.0) < 5 * (2.0 / 6) / np.sqrt(30), "updates next to zero need no clipping"
+
+
+class Poisoned(Clients):
+    """Clients of which one cannot be trained."""
+
+    def _examples(self, client, task):
+        if client == 3:
+            raise ValueError(f"secret of client {client}")
+        return super()._examples(client, task)
+
+
+def poisoned(bench):
+    bench.clients.__class__ = Poisoned
+    return bench
+
+
+@pytest.mark.parametrize("shares", [None, (6, 0, bytes(32))])
+def test_a_client_that_cannot_be_trained_contributes_nothing_and_is_not_told_apart(scenario, shares):
+    numbers = {"shares": shares} if shares else {}
+    healthy, ill = Bench(scenario(), **numbers), poisoned(Bench(scenario(), **numbers))
+    whole, told = healthy.run(release=healthy.quiet())
+    partial, content = ill.run(release=ill.quiet())
+    assert {**facts_of_reply(content)} == {**facts_of_reply(told)}, "nor is it missing among the survivors"
+    assert np.linalg.norm(whole - partial) <= (1.0 / 6) * 1.001, "nobody else loses its part"
+    assert [client for client, _ in ill.grid.observed.dropped] == [3]
+
+
+def test_one_client_of_a_chunk_that_fails_costs_the_others_nothing(scenario):
+    bench = poisoned(Bench(scenario()))
+    bench.clients.trainer.chunk = 6
+    bench.run()
+    assert bench.grid.observed.dropped == ((3, "training failed: ValueError: secret of client 3"),)
+    task = RoundTask(1, LocalPlan(1, 8, 0.1, dp=DpSgdPlan(1.0, 1.0)), 100.0)
+    replies = list(bench.clients.train(bench.received(), range(6), task))
+    assert [reply.reason for reply in replies] == ["", "", "", "training failed", "", ""], "an exception may quote an example"
 
 
 def test_too_few_survivors_fail_the_round(scenario):

@@ -347,6 +347,14 @@ def test_shares_of_noise_are_refused_where_the_coordinator_sees_each(scenario, t
         FederatedRun(config, tmp_path / "link", connect, resume=False)
 
 
+@pytest.mark.parametrize("nodes", [(1000, 1000), (1007, 555)])
+def test_a_message_reaches_drawn_clients_only_and_each_once(nodes):
+    grid, _ = grid_of(node(0, 0.5), node(1, 0.5), mean=True)
+    content = RecordDict({"a": to_record(LAYOUT, MASTER), "c": ConfigRecord(RoundTask(1, LocalPlan(1, 8, 0.1), 1.0).to_table())})
+    with pytest.raises(Refused, match="the strategy sent a message to node"):
+        grid.send_and_receive([Message(content, one, MessageType.TRAIN) for one in nodes])
+
+
 def test_a_node_that_sends_no_contribution_is_dropped_and_named_to_the_operator_alone():
     grid, _ = grid_of(node(0, 0.5), node(1, 0.5))
     grid.mean = True

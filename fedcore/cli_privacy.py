@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -70,6 +71,9 @@ class Plan:
             if value not in allowed:
                 raise Refused(f"--{name} must be {' or '.join(allowed)}, got {value}")
         check_delta(self.delta)
+        if (self.unit, self.mechanism) == ("example", "skellam"):
+            raise Refused("--mechanism skellam is of unit client; unit example is protected by the noise of its own steps")
+        self.counts  # noqa: B018 - refuses them before the long work
         if self.kind == "example":
             self._need("batches", "epochs", "rounds")
         if self.kind == "gaussian":
@@ -186,7 +190,7 @@ def ledger(
         from fedcore.privacy.ledger import UNITS, Ledger
         from fedcore.state.ledger import open_ledger
 
-        store = open_ledger(where, write=False)
+        store = open_ledger(_ledger_of(where), write=False)
         try:
             held = Ledger(store)
             spendings = [spending for unit in UNITS if (spending := held.spending(unit, delta))]
@@ -199,6 +203,21 @@ def ledger(
         _print(f"Privacy ledger of population {held.population}" if spendings else "The ledger is empty: nothing was charged.")
         for one in spendings:
             _print_spending(one)
+
+
+def _ledger_of(where: str) -> str | Path:
+    """The ledger at ``where``, or that of the run whose directory it is."""
+    from fedcore.config import load_config
+    from fedcore.state.ledger import LEDGER_FILE
+
+    directory = Path(where)
+    if not (directory / "config.toml").is_file() or (directory / LEDGER_FILE).exists():
+        return where
+    config = load_config(directory / "config.toml")
+    places = [one.ledger for one in config.privacy if one.ledger]
+    if not places:
+        return where
+    return places[0] if "://" in places[0] else config.folder / places[0]
 
 
 def _cost(plan: Plan, noise: float) -> dict[str, Any]:
@@ -258,8 +277,8 @@ def _print_spending(one: Spending) -> None:
     table.add_row(one.statement.released, one.statement.coordinator)
     _print(table, "")
     runs = f"{one.runs} run{'s' if one.runs > 1 else ''}"
-    facts = f"{one.releases} releases in {one.rounds} rounds of {runs}; {one.clients} clients took part"
-    _paragraph("facts", f"{facts}, one of them {one.participations} times")
+    facts = f"releases: {one.releases}, rounds: {one.rounds}, in {runs}; clients that took part: {one.clients}"
+    _paragraph("facts", f"{facts}, none more often than {one.participations} times")
     _paragraph("protects", one.statement.adjacency)
     _paragraph("computed", one.statement.bound)
     _paragraph("but", *one.statement.not_concluded)

@@ -166,7 +166,7 @@ class FederatedRun:
             "bytes_down": sum(entry["bytes_down"] for entry in self._history),
             "clients_per_second": sum(_worked(entry) for entry in self._history) / sum(t["train"] for t in timings),
             "seconds": sum(timing["seconds"] for timing in timings),
-            "dropped": sum(len(entry["dropped"]) for entry in self._history),
+            "dropped": None if self.assembly.protection.client else sum(len(entry["dropped"]) for entry in self._history),
             **({"ended": self.coordinator.ended} if self.coordinator.ended else {}),
             **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,

@@ -11,6 +11,7 @@ cross-checks. Opacus's GDP accountant is an approximation that under-reports and
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -108,7 +109,7 @@ def rdp_epsilon(events: Mapping[Event, int], delta: float) -> float:
 def prv_epsilon(events: Mapping[Event, int], delta: float) -> float | None:
     """Epsilon by Opacus's PRV accountant, its upper bound with an error of 0.01: a cross-check.
 
-    None where the bound is too wide for its grid to fit into memory.
+    None where its grid would not fit into memory, or has no point at this delta.
 
     Raises:
         Refused: an event with Skellam noise, which it does not know.
@@ -126,8 +127,12 @@ def prv_epsilon(events: Mapping[Event, int], delta: float) -> float | None:
         return None
     accountant = PRVAccountant()
     accountant.history = [(noise, rate, count) for (noise, rate), count in steps.items()]
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return float(accountant.get_epsilon(delta))
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return float(accountant.get_epsilon(delta))
+        except RuntimeError:  # its grid has no point at this delta
+            return None
 
 
 def solve_noise(event: Callable[[float], Event], times: int, target: float, delta: float) -> float:

@@ -67,7 +67,7 @@ _ELSEWHERE = (
     "this one, and runs without privacy."
 )
 _EXAMPLE = Statement(
-    adjacency="one training example of one client is in its data, or is not (add or remove one)",
+    adjacency="one training example of one client contributes to its steps, or contributes nothing (zero-out)",
     bound=_SAMPLED,
     released=(
         "Someone sees the published models. The client draws each batch by secret coins on the device, clips every example's "

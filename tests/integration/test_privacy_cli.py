@@ -146,7 +146,7 @@ def test_what_a_person_reads_fits_a_terminal_and_says_what_not_to_conclude(run_d
     shown = privacy("ledger", run_directory).stdout
     assert "  ".join(f"{value:.4g}" for value in client).split() in [line.split() for line in shown.splitlines()]
     assert "does not protect clients from the coordinator" in " ".join(shown.split())
-    assert "5 releases in 5 rounds of 1 run; 7 clients took part, one of them 3 times" in " ".join(shown.split())
+    assert "releases: 5, rounds: 5, in 1 run; clients that took part: 7, none more often than 3 times" in " ".join(shown.split())
     cost = privacy(f"epsilon {PLAN} --noise 1").stdout
     assert "PLD: the number to use" in cost
     assert "0.267" in cost

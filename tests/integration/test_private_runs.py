@@ -179,6 +179,9 @@ def test_runs_over_one_population_share_a_ledger_and_its_budget(scenario, tmp_pa
     assert second.returncode == 2
     assert f"{spent:.4g} is spent" in second.stderr
     assert len(charged(tmp_path / "people.sqlite")) == 3
+    shown = fedcore("privacy", "ledger", tmp_path / "one")
+    assert shown.returncode == 0, shown.stderr
+    assert "unit example" in shown.stdout, "the directory of a run leads to the ledger that it shares"
     assert stat.S_IMODE((tmp_path / "people.sqlite").stat().st_mode) == 0o600
     again = fedcore("simulate", scenario(unit, name="one"), "--out", tmp_path / "again", "--set", "run.rounds=3")
     assert again.returncode == 0, again.stderr

@@ -43,6 +43,8 @@ class Budget:
         attempt = max(attempts, default=-1) + 1 if self._fresh else 0
         charges = self._protection.charges(self._run, round_number, attempt, cohort, release)
         for charge in charges:
+            self._ledger.check(charge, self._limit(charge.unit))
+        for charge in charges:
             self._ledger.charge(charge, self._limit(charge.unit))
 
     def check_paid(self, rounds: int) -> None:
@@ -63,19 +65,17 @@ class Budget:
     def _views(self, one: PrivacyConfig) -> dict[str, float | None]:
         """Epsilon of what is published, and towards someone who knows who took part.
 
-        Under Poisson sampling exact numbers of participations would tell the coins: both are then those of a client that took
-        part in every round (up to the cap). The ledger, which is the operator's, has the exact ones.
+        Under Poisson sampling exact numbers of participations would tell the coins: what follows from them is then that of a
+        client that took part in every round. The ledger, which is the operator's, has the exact ones.
         """
         spending = self._ledger.spending(cast("Unit", one.unit), one.delta)
         released, coordinator = (spending.released, spending.coordinator) if spending else (0.0, 0.0)
         if self._protection.client and 0 < self._protection.client.rate < 1:
-            cap = self._protection.client.config.max_participations
-            events = Counter(without_amplification(c.event) for c in self._read() if c.unit == "client")
-            if one.unit == "example" and self._protection.example:
-                events = Counter({self._protection.example.event: events.total()})
-            most = min(cap or events.total(), events.total())
-            worst = Counter(dict([*events.items()][:1])) if len(events) == 1 else events
-            coordinator = epsilon({event: min(count, most) for event, count in worst.items()}, one.delta) if events else 0.0
+            events = Counter(without_amplification(charge.event) for charge in self._read() if charge.unit == one.unit)
+            if one.unit == "example" and self._protection.example:  # an empty cohort is charged to no example
+                empty = sum(charge.unit == "client" and not charge.clients for charge in self._read())
+                events[self._protection.example.event] += empty
+            coordinator = epsilon(events, one.delta)
             released = coordinator if one.unit == "example" else released
         return {"epsilon": released, "epsilon_coordinator": coordinator}
 

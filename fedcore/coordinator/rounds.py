@@ -117,9 +117,7 @@ class Coordinator:
             except BudgetSpent as spent:
                 if not self.progress.round_number:
                     raise
-                self.ended = str(spent)
-                if uncommitted:
-                    self._commit(self.progress, uncommitted)
+                self.ended = str(spent)  # with [privacy] every round is committed: nothing is left to write
                 return
             uncommitted.append(metrics)
             due = progress.round_number % self.config.checkpoint.every == 0 or progress.round_number == self.config.run.rounds

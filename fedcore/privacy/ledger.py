@@ -198,6 +198,16 @@ class Ledger:
             return True
         raise TryAgain("ledger: others keep writing to it; nothing was charged")
 
+    def check(self, new: Charge, budget: float | None, view: View = "released") -> None:
+        """See whether ``new`` could be charged as things stand; one that was charged already costs nothing more.
+
+        Raises:
+            BudgetSpent: epsilon would exceed the budget.
+        """
+        self._catch_up()
+        if budget is not None and new.key not in self._facts:
+            self._check_budget(new, budget, view)
+
     def epsilon(self, unit: Unit, delta: float, view: View = "released", after: Charge | None = None) -> float:
         """Epsilon at ``delta`` of the worst-off client (or example) of the population, now or ``after`` one more charge."""
         return self._exposure[unit].epsilon(view, delta, (after.event, after.clients) if after is not None else None)

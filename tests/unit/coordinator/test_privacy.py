@@ -140,6 +140,13 @@ def test_runs_that_share_a_ledger_share_the_budget(scenario, tmp_path):
     assert epsilon({event: 3}, 1e-3) <= 7.0 < epsilon({event: 4}, 1e-3)
 
 
+def test_a_round_that_one_unit_cannot_pay_is_charged_to_neither(scenario, tmp_path):
+    budget, protection, ledger = budget_of(private(scenario, EXAMPLE, CLIENT | {"budget": 0.1}), tmp_path)
+    with pytest.raises(BudgetSpent, match="unit client"):
+        budget.charge(1, (0, 1), protection.client.release(1, 1.0))
+    assert not list(ledger.charges())
+
+
 def test_a_committed_round_without_a_charge_is_noticed(scenario, tmp_path):
     budget, protection, _ = budget_of(private(scenario, CLIENT), tmp_path)
     budget.charge(1, (0,), protection.client.release(1, 1.0))

@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.privacy.ledger import LedgerStore, PositionTaken
+from fedcore.state.sqlite import transaction
 
 __all__ = ["LEDGER_FILE", "SqliteLedger", "open_ledger"]
 
@@ -82,7 +83,7 @@ class SqliteLedger:
 
     def append(self, position: int, key: str, entry: Mapping[str, Any]) -> None:
         """See `LedgerStore`."""
-        with self._clear_errors(), self._transaction():
+        with self._clear_errors(), transaction(self._db):
             (count,) = self._db.execute("SELECT COUNT(*) FROM entries").fetchone()
             if count != position:
                 raise PositionTaken(f"{self._path}: the ledger has {count} entries, not {position}")
@@ -93,7 +94,7 @@ class SqliteLedger:
 
     def confirm(self) -> None:
         """See `LedgerStore`."""
-        with self._clear_errors(), self._transaction():  # syncs the file, and the end of the transaction before it
+        with self._clear_errors(), transaction(self._db):  # syncs the file, and the end of the transaction before it
             self._db.execute("UPDATE confirmed SET times = times + 1")
 
     def close(self) -> None:
@@ -105,7 +106,7 @@ class SqliteLedger:
         self._db.execute("PRAGMA fullfsync = ON")  # macOS: past the drive's cache
         self._db.execute("PRAGMA synchronous = EXTRA")
         if self._ledger_id() == 0 and write:
-            with self._transaction():
+            with transaction(self._db):
                 tables = self._db.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()[0]
                 for statement in _SCHEMA if self._ledger_id() == 0 and tables == 0 else ():
                     self._db.execute(statement)
@@ -122,17 +123,6 @@ class SqliteLedger:
 
     def _ledger_id(self) -> int:
         return int(self._db.execute("PRAGMA application_id").fetchone()[0])
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:

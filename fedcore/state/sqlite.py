@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from fedcore.errors import Refused, TryAgain
 
-__all__ = ["Checkpoint", "RunStore"]
+__all__ = ["Checkpoint", "RunStore", "transaction"]
 
 Arrays = dict[str, npt.NDArray[Any]]
 _SCHEMA = (
@@ -79,7 +79,7 @@ class RunStore:
             name = f"round-{checkpoint.round_number:06d}.safetensors"
             _write_durably(self._blobs / name, data)
             facts = json.dumps(checkpoint.facts, sort_keys=True)
-            with self._transaction():
+            with transaction(self._db):
                 self._db.execute(
                     "INSERT OR REPLACE INTO checkpoints VALUES (?, ?, ?, ?)",
                     (checkpoint.round_number, name, hashlib.sha256(data).hexdigest(), facts),
@@ -117,16 +117,18 @@ class RunStore:
         with _clear_errors(self._directory):
             return [json.loads(text) for (text,) in self._db.execute("SELECT metrics FROM rounds ORDER BY round")]
 
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[None]:
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-            self._db.execute("COMMIT")
-        except BaseException:
-            with contextlib.suppress(sqlite3.Error):
-                self._db.execute("ROLLBACK")
-            raise
+
+@contextlib.contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of the block's statements or none of them."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        with contextlib.suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
 
 
 @contextlib.contextmanager

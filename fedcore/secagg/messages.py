@@ -112,6 +112,7 @@ class MetricBlock(Message):
 class Header(Message):
     """A round's public numbers: n, k, D, m, t, c, C, n_min, b, d, clip, z, g, the norm bound in units of g, and the rest.
 
+    ``planned`` clients, n or more, are those for whom width and noise were planned before anyone checked in.
     ``noise_multiplier`` 0 is a round without noise; its ``squared_norm_bound`` is 0 and g is the quantization step.
     """
 
@@ -121,6 +122,7 @@ class Header(Message):
     epoch: int = coded(U64)
     expiry: int = coded(U64)
     clients: int = coded(U32)
+    planned: int = coded(U32)
     degree: int = coded(U32)
     window_survivors: int = coded(U32)
     members: int = coded(U8)

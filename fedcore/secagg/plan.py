@@ -155,7 +155,7 @@ def skellam_plan(header: Header, seed: bytes) -> SkellamPlan:
         Refused: granularity or norm bound are not what the other numbers give, to 1e-9.
     """
     ours = plan_skellam(
-        header.dimension, header.clipping_norm, header.noise_multiplier, header.clients, header.minimum_survivors,
+        header.dimension, header.clipping_norm, header.noise_multiplier, header.planned, header.minimum_survivors,
         header.corrupt_clients, seed, header.bits,
     )  # fmt: skip
     # All clients round with the very number that was signed, whose last bits may differ from one's own.
@@ -184,8 +184,8 @@ def _check_committee(header: Header, trust: TrustBundle) -> None:
 
 def _check_clients(header: Header, policy: Policy) -> None:
     n, corrupt, survivors = header.clients, header.corrupt_clients, header.minimum_survivors
-    if not 2 <= n <= LARGEST_COHORT:
-        raise Refused(f"a cohort has 2 to {LARGEST_COHORT} clients, the plan names {n}")
+    if not 2 <= n <= header.planned <= LARGEST_COHORT:
+        raise Refused(f"a cohort has 2 to {LARGEST_COHORT} clients, the plan names {n} of {header.planned} planned")
     if corrupt < policy.corrupt_clients:
         raise Refused(f"the plan allows for {corrupt} corrupt clients; at least {policy.corrupt_clients} are demanded")
     least = max(corrupt + 2, policy.minimum_survivors)

@@ -92,7 +92,7 @@ class Round:
         request = OfferRequest("benchmark", 1, 1, END).encode()
         offers = tuple(Offer.decode(member.offer(request, NOW)) for member in self.members.values())
         self.header = Header(
-            task="benchmark", round=1, epoch=1, expiry=END, clients=n, degree=degree, window_survivors=least, members=M,
+            task="benchmark", round=1, epoch=1, expiry=END, clients=n, planned=n, degree=degree, window_survivors=least, members=M,
             threshold=T, corrupt_members=C, corrupt_clients=arguments.corrupt, minimum_survivors=arguments.corrupt + 2,
             bits=self.width, dimension=arguments.params, clipping_norm=1.0, noise_multiplier=0.0, granularity=1.0,
             squared_norm_bound=0, layout=(), suite=SUITE, model_hash=MODEL, offers=offers, signers=tuple(range(1, T + 1)),

@@ -487,7 +487,7 @@ def test_committees_that_could_split_are_refused(m, t, c):
         ({"dimension": 2**32 - 1}, "4294967295 values"),
         ({"squared_norm_bound": 3}, "must be 0"),
         ({"granularity": 0.0}, "must be positive"),
-        ({"clients": 9, "degree": 8}, "for 9 clients, the cohort has 8"),
+        ({"clients": 9, "planned": 9, "degree": 8}, "for 9 clients, the cohort has 8"),
         ({"signers": (1, 2)}, "exactly 3 members"),
         ({"signers": (1, 2, 3, 4)}, "exactly 3 members"),
         ({"signers": (1, 1, 2)}, "exactly 3 members"),

@@ -76,7 +76,8 @@ class World:
         points = tuple(offer.member for offer in offers)
         n = len(self.clients)
         header = Header(
-            task=TASK, round=next(iter(offers)).round, epoch=EPOCH, expiry=END, clients=n, degree=n - 1, window_survivors=0,
+            task=TASK, round=next(iter(offers)).round, epoch=EPOCH, expiry=END, clients=n, planned=n, degree=n - 1,
+            window_survivors=0,
             members=len(self.trust.member_keys), threshold=self.trust.threshold, corrupt_members=self.trust.corrupt_members,
             corrupt_clients=self.policy.corrupt_clients, minimum_survivors=self.policy.minimum_survivors, bits=16, dimension=10,
             clipping_norm=1.0, noise_multiplier=0.0, granularity=0.01, squared_norm_bound=0, layout=(), suite=SUITE,

@@ -23,8 +23,8 @@ from fedcore.errors import Refused
 
 __all__ = [
     "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "PrivacyConfig",
-    "QuantizationConfig", "RunConfig", "RunSection", "StrategyConfig", "TrainingConfig", "WireConfig", "describe", "load_config",
-    "parse_config",
+    "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig", "StrategyConfig", "TrainingConfig", "WireConfig", "describe",
+    "load_config", "parse_config",
 ]  # fmt: skip
 
 DATASETS = ("digits", "fashion-mnist", "smartwatch")
@@ -95,7 +95,7 @@ class ModelConfig:
     name: str = _key("cnn", "model of the zoo, or your own torch.nn.Module", named=MODELS, reference="Class")
     params: dict[str, Any] = _key({}, "keyword arguments of the model")
     init: str = _key("", "safetensors file with initial parameters (relative to the scenario)")
-    trainable: tuple[str, ...] = _key(("*",), "patterns of parameter names that train and travel; the rest is frozen")
+    trainable: tuple[str, ...] = _key(("*",), "patterns of parameter names that train and travel; the rest is frozen", low=1)
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class CohortConfig:
 
     size: int = _key(0, "clients that train in a round; 0 = all", low=0)
     evaluate_size: int = _key(0, "clients that evaluate in a federated evaluation; 0 = all", low=0)
+    dropout: float = _key(0.0, "share of simulated clients that vanish in a round, at a random step of it", low=0, high=0.9)
     timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0, high=1e6)
 
 
@@ -204,6 +205,49 @@ class PrivacyConfig:
 
 
 @dataclass(frozen=True)
+class SecAggConfig:
+    """[secagg]"""
+
+    enabled: bool = _key(False, "secure aggregation: the coordinator sees nothing but the sum of a cohort's contributions")
+    simulate: str = _key(
+        "protocol", "protocol: simulated clients mask what they send; arithmetic: the same integers are added unmasked, for large "
+        "cohorts, with the same bits", choices=("protocol", "arithmetic"),
+    )  # fmt: skip
+    operators: tuple[str, ...] = _key(
+        (), "HOST:PORT of the committee's members, in the order of the trust bundle; empty = a committee in this process, which "
+        "separates no trust"
+    )  # fmt: skip
+    operator_fingerprints: tuple[str, ...] = _key((), "SHA-256 of the operators' TLS certificates, in the same order")
+    credentials: str = _key("", "directory of the coordinator's own TLS key, for operators that demand one")
+    trust: str = _key("", "file of the trust bundle (operators)")
+    trust_key: str = _key("", "file of the public key that signs trust bundles (operators)")
+    enrolment: str = _key("", "directory of the enrolment key, with which simulated clients are enrolled (operators)")
+    members: int = _key(3, "members of a committee in this process", low=1, high=255)
+    threshold: int = _key(3, "members that must agree (committee in this process); 2 threshold > members + corrupt_members",
+                          low=1, high=255)  # fmt: skip
+    corrupt_members: int = _key(2, "members that may be corrupt (committee in this process), fewer than threshold", low=0, high=254)
+    corrupt_fraction: float = _key(
+        0.0, "share of a sum's clients that may be corrupt; with skellam privacy.corrupt_fraction says it", low=0, high=0.9
+    )
+    minimum_survivors: int = _key(
+        0, "uploads without which a sum is not made; 0 = half of its clients; with skellam privacy.minimum_survivors says it", low=0
+    )
+    neighbours: int = _key(0, "clients with whom each one masks; 0 = the fewest that are safe, all up to 128 clients", low=0)
+    expected_dropout: float = _key(0.1, "share of clients for whose absence neighbours are chosen", low=0, high=0.9)
+    clip: float = _key(1.0, "an update's coordinates are clipped to [-clip, clip] (without unit client)", low=1e-9, high=1e9)
+    weight_cap: int = _key(
+        0,
+        "a client weighs min(its examples, cap) (without unit client); 0 = the largest client of the partition",
+        low=0,
+        high=2**20,
+    )
+    bits: int = _key(0, "width of a coordinate of the sum: 16, 20, 24, 32; 0 = automatic (without unit client)", low=0, high=32)
+    shards: int = _key(
+        1, "parts of a cohort that are summed each for itself, for strategies that compare replies", low=1, high=1024
+    )
+
+
+@dataclass(frozen=True)
 class EngineConfig:
     """[engine]"""
 
@@ -235,6 +279,7 @@ class RunConfig:
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
     privacy: tuple[PrivacyConfig, ...] = ()
+    secagg: SecAggConfig = SecAggConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     folder: Path = Path()
@@ -348,7 +393,7 @@ def _parse_section(kind: type, name: str, table: Mapping[str, Any], source: str)
 def _coerce(value: Any, kind: Any) -> Any:
     """``value`` as ``kind``, or None where it is of another type (an integer is accepted for a float)."""
     if typing.get_origin(kind) is tuple:
-        return tuple(value) if isinstance(value, list) and value and all(isinstance(item, str) for item in value) else None
+        return tuple(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else None
     if typing.get_origin(kind) is dict:
         return value if isinstance(value, dict) else None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -366,6 +411,8 @@ def _permitted(value: Any, rule: Mapping[str, Any]) -> bool:
     if rule["named"] and value not in rule["named"]:
         module, colon, attribute = value.partition(":")
         return bool(colon and module and attribute)
+    if isinstance(value, tuple):
+        return len(value) >= (rule["low"] or 0)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         return True
     low, above, high = rule["low"], rule["above"], rule["high"]
@@ -383,7 +430,7 @@ def _allowed(kind: Any, rule: Mapping[str, Any]) -> str:
         float: "a number",
         str: "a string",
         bool: "true or false",
-        tuple: "a list of strings",
+        tuple: "a list of strings" + (" of length" if rule["low"] else ""),
         dict: "a table",
     }[origin or kind]
     limits = [f">= {rule['low']}"] if rule["low"] is not None else []
@@ -413,6 +460,7 @@ def _impossible(config: RunConfig) -> Iterator[str]:
     if config.engine.name == "loop" and config.engine.device == "cuda" and config.engine.workers > 1:
         yield 'engine.name = "loop" on cuda runs in one process: set engine.workers = 1, or use "vmap"'
     yield from _impossible_privacy(config)
+    yield from _impossible_secagg(config.secagg)
     for key in sorted(DRAWN_HERE & set(config.strategy.params)):
         yield f"strategy.params.{key} cannot be set: fedcore draws the cohort; use cohort.size or cohort.evaluate_size"
 
@@ -438,6 +486,35 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
                 yield f'privacy.{key} has no meaning with unit = "{one.unit}", mechanism = "{one.mechanism}"'
     if len({one.unit for one in config.privacy}) < len(config.privacy):
         yield "[[privacy]]: each unit may be given once"
+
+
+def _impossible_secagg(secagg: SecAggConfig) -> Iterator[str]:
+    """What the keys of [secagg] say against each other; `coordinator.secure` refuses what a run cannot keep."""
+    usual, files = SecAggConfig(), ("operator_fingerprints", "credentials", "trust", "trust_key", "enrolment")
+    changed = {key.name for key in fields(secagg) if getattr(secagg, key.name) != getattr(usual, key.name)} - {"enabled"}
+    if changed and not secagg.enabled:
+        yield f"secagg.{min(changed)} has no meaning without secagg.enabled = true"
+    if secagg.bits not in (0, 16, 20, 24, 32):
+        yield f"secagg.bits must be 16, 20, 24, 32, or 0 for automatic, got {secagg.bits}"
+    if secagg.operators:
+        for key in ("members", "threshold", "corrupt_members"):
+            if key in changed:
+                yield f"secagg.{key} is for a committee in this process; that of operators stands in the trust bundle, leave it out"
+        for key in ("trust", "trust_key", "operator_fingerprints"):
+            if key not in changed:
+                yield f"secagg.{key} must be given with secagg.operators"
+        if len(secagg.operator_fingerprints) != len(secagg.operators):
+            yield "secagg.operator_fingerprints: one for each of secagg.operators"
+    else:
+        for key in files:
+            if key in changed:
+                yield f"secagg.{key} has no meaning without secagg.operators"
+        m, t, c = secagg.members, secagg.threshold, secagg.corrupt_members
+        if not (c < t <= m and 2 * t > m + c):
+            yield (
+                f"[secagg]: members = {m}, threshold = {t}, corrupt_members = {c} is not safe: it takes "
+                "corrupt_members < threshold <= members and 2 threshold > members + corrupt_members"
+            )
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> None:

@@ -155,9 +155,10 @@ def check_one_content(messages: Sequence[Message]) -> None:
 class Facts:
     """What a grid observed about the clients behind a reply; rides in the reply beside what the strategy reads.
 
-    ``accuracies``: one per evaluated client with its number of examples. Bytes are lengths of encoded payloads. A release of unit
-    client names nobody: ``survivors`` counts contributions where that is public, ``unclipped`` is the noised share of them that
-    needed no clipping.
+    ``accuracies``: one per evaluated client with its number of examples. Bytes are lengths of encoded payloads. A sum names
+    nobody: ``survivors`` counts contributions where that is public, ``failed`` those whose training gave nothing, ``unclipped`` is
+    the noised share of them that needed no clipping, ``histogram`` counts clients by accuracy in bins of equal width. ``secure``:
+    what secure aggregation did, one table a sum.
     """
 
     clients: tuple[int, ...] = ()
@@ -167,19 +168,29 @@ class Facts:
     accuracies: tuple[tuple[int, float, int], ...] = field(default=())
     survivors: int | None = None
     unclipped: float | None = None
+    failed: int | None = None
+    histogram: tuple[int, ...] = ()
+    secure: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
     def merge(cls, parts: Iterable[Facts]) -> Facts:
-        """The facts of several replies together, by client."""
+        """The facts of several replies together, by client; of several sums the totals, and the mean of ``unclipped``."""
         found = list(parts)
+        survivors = [facts.survivors for facts in found if facts.survivors is not None]
+        unclipped = [facts.unclipped for facts in found if facts.unclipped is not None]
+        failed = [facts.failed for facts in found if facts.failed is not None]
+        histograms = [facts.histogram for facts in found if facts.histogram]
         return cls(
             tuple(sorted(client for facts in found for client in facts.clients)),
             tuple(sorted(entry for facts in found for entry in facts.dropped)),
             sum(facts.bytes_up for facts in found),
             sum(facts.bytes_down for facts in found),
             tuple(sorted(entry for facts in found for entry in facts.accuracies)),
-            next((facts.survivors for facts in found if facts.survivors is not None), None),
-            next((facts.unclipped for facts in found if facts.unclipped is not None), None),
+            sum(survivors) if survivors else None,
+            sum(unclipped) / len(unclipped) if unclipped else None,
+            sum(failed) if failed else None,
+            tuple(map(sum, zip(*histograms, strict=True))),
+            tuple(one for facts in found for one in facts.secure),
         )
 
 
@@ -235,6 +246,9 @@ def facts_of(reply: Message) -> Facts:
             tuple((int(client), float(accuracy), int(examples)) for client, accuracy, examples in table["accuracies"]),
             None if table.get("survivors") is None else int(table["survivors"]),
             None if table.get("unclipped") is None else float(table["unclipped"]),
+            None if table.get("failed") is None else int(table["failed"]),
+            tuple(int(count) for count in table.get("histogram", ())),
+            tuple(dict(one) for one in table.get("secure", ())),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Refused(f"node {reply.metadata.src_node_id} sent facts that cannot be read") from error

@@ -11,6 +11,7 @@ from torch import nn
 
 from fedcore.config import RunConfig
 from fedcore.coordinator.privacy import Protection, protect
+from fedcore.coordinator.secure import Secured, secure
 from fedcore.coordinator.strategy import build_strategy
 from fedcore.data import FederatedData, federate, load_dataset, normalised_by_test
 from fedcore.errors import Refused
@@ -33,6 +34,7 @@ class Assembly:
     engine: Engine
     strategy: Strategy
     protection: Protection = Protection()
+    secured: Secured | None = None
     salt: str = ""
 
     def origin(self) -> dict[str, list[float]]:
@@ -75,8 +77,10 @@ def assemble(config: RunConfig) -> Assembly:
     resolved = config.replace("engine", name=engine.name, device=engine.device)
     if config.unit_privacy("example"):
         check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y))
-    protection = protect(config, data, strategy, layout_of(model, trainable=True).size)
-    return Assembly(resolved, data, model, engine, strategy, protection)
+    dimension = layout_of(model, trainable=True).size
+    protection = protect(config, data, strategy, dimension)
+    secured = secure(config, data, strategy, protection, dimension)
+    return Assembly(resolved, data, model, engine, strategy, protection, secured)
 
 
 def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
@@ -84,8 +88,9 @@ def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
     config = assembly.config
     model = _model(config, assembly.data)
     return Clients(
-        model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real, salt=assembly.salt
-    )
+        model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real, salt=assembly.salt,
+        dropout=0.0 if real else config.cohort.dropout,
+    )  # fmt: skip
 
 
 def _model(config: RunConfig, data: FederatedData) -> nn.Module:

@@ -54,7 +54,7 @@ class ExampleUnit:
 class ClientUnit:
     """A client with all that it holds is protected by noise on the cohort's sum.
 
-    ``cohort``: clients planned for a round, the public denominator. ``dimension``: values of an update.
+    ``cohort``: clients planned for a sum, the public denominator. ``dimension``: values of an update.
     """
 
     config: PrivacyConfig
@@ -150,7 +150,7 @@ class Protection:
             if (task.plan.dp, task.plan.epochs, task.plan.batch_size) != expected:
                 raise Refused("privacy of unit example: the coordinator asks for another noise, clipping norm or number of steps")
         if self.client:
-            norm = task.release.joint.clipping_norm if task.release else 1.0
+            norm = task.release.joint.clipping_norm if isinstance(task.release, Release) else 1.0
             if task.release != self.client.release(task.round_number, norm):
                 raise Refused("privacy of unit client: the coordinator asks for another way to sum than the scenario's")
 
@@ -203,7 +203,7 @@ def _example_unit(one: PrivacyConfig, config: RunConfig, data: FederatedData) ->
 
 
 def _client_unit(one: PrivacyConfig, config: RunConfig, population: int, dimension: int) -> ClientUnit:
-    cohort = config.cohort.size or population
+    cohort = (config.cohort.size or population) // config.secagg.shards
 
     def unit(noise: float) -> ClientUnit:
         return ClientUnit(one, noise, population, cohort, dimension, config.run.seed)

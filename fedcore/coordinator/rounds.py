@@ -27,9 +27,9 @@ from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
 from fedcore.flower import Facts, Roster, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
 from fedcore.privacy.randomness import derive_key
-from fedcore.privacy.release import Release
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
+from fedcore.secagg.sums import Summation
 from fedcore.state.sqlite import Checkpoint, RunStore
 from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import evaluate, load_flat
@@ -47,11 +47,11 @@ class DrawnGrid(Protocol):
     """A Flower Grid that shows only the clients drawn, ``nodes``; node ids in facts are client ids.
 
     ``observed``: who took part in a release, which its reply does not tell. ``simulated``: a round that is repeated gives the same
-    bits; else it draws new noise.
+    bits; else it draws new noise. ``blind``: no client's contribution can be seen.
     """
 
     simulated: bool
-
+    blind: bool
     nodes: Sequence[int]
     observed: Facts
 
@@ -88,10 +88,10 @@ class Coordinator:
         self.client_accuracies: Metrics | None = None
         self.ended = ""
         self._budget, self._client_unit = budget, assembly.protection.client
-        if self._client_unit and self._client_unit.config.mechanism == "skellam" and not grid.simulated:
+        if self._client_unit and self._client_unit.config.mechanism == "skellam" and not (grid.simulated or grid.blind):
             raise Refused(
                 'privacy.mechanism = "skellam" protects only where the coordinator sees nothing but the sum; this grid shows it '
-                'every contribution, so use "gaussian", or simulate'
+                'every contribution: use [secagg] enabled = true, "gaussian", or simulate'
             )
         self._grid, self._store, self._model = grid, store, assembly.model
         # Strategies of Flower call no more of a Grid than a DrawnGrid has; where anything is private, none may ask clients itself.
@@ -140,9 +140,11 @@ class Coordinator:
             progress = dataclasses.replace(progress, ranges=self._calibrate(progress))
         # 2. Who takes part, and what it costs: paid before anything else happens.
         self._grid.nodes = cohort = self._draw(number)
-        release = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
+        noised = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
         if self._budget:
-            self._budget.charge(number, cohort, release)
+            self._budget.charge(number, cohort, noised)
+        secured = self.assembly.secured
+        release = noised or (secured.updates if secured else None)
         # 3. The strategy configures, the cohort trains, the strategy aggregates.
         replies, trained = self._train(self._task(number, progress, release), progress, cohort)
         master, aggregated = self._aggregate(number, replies)
@@ -168,6 +170,7 @@ class Coordinator:
             "quantized": bool(progress.ranges),
             **central,
             **federated,
+            **({"secure": [dict(one) for one in (*trained.secure, *evaluated.secure)]} if secured else {}),
             **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
             "timing": clock.laps | {"seconds": sum(clock.laps.values()), "clients_per_second": worked / clock.laps["train"]},
         }
@@ -189,7 +192,7 @@ class Coordinator:
             )
         return cohort
 
-    def _task(self, number: int, progress: Progress, release: Release | None = None) -> RoundTask:
+    def _task(self, number: int, progress: Progress, release: Summation | None = None) -> RoundTask:
         training, example = self.config.training, self.assembly.protection.example
         plan = LocalPlan(
             training.epochs, training.batch_size, training.lr * training.lr_decay ** (number - 1), training.momentum,
@@ -197,7 +200,7 @@ class Coordinator:
         )  # fmt: skip
         # Noise makes an update long, and clipping short: neither is a sign of training that has exploded.
         norm = float(np.linalg.norm(progress.master.astype(np.float64)))
-        usual = float(np.finfo(np.float32).max) if example or release else 10 * max(1.0, norm)
+        usual = float(np.finfo(np.float32).max) if example or self._client_unit else 10 * max(1.0, norm)
         return RoundTask(number, plan, training.max_update_norm or usual, progress.ranges, release)
 
     def _train(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> tuple[list[Message], Facts]:
@@ -255,7 +258,8 @@ class Coordinator:
         self._grid.nodes = draw_cohort(
             config.run.seed, number, len(self.assembly.data.clients), config.cohort.evaluate_size, EVALUATE
         )  # fmt: skip
-        arrays, record = to_record(self.layout, progress.master), _record(self._task(number, progress))
+        scores = self.assembly.secured.scores if self.assembly.secured else None
+        arrays, record = to_record(self.layout, progress.master), _record(self._task(number, progress, scores))
         messages = self._call(
             "configure_evaluate", lambda: list(self.strategy.configure_evaluate(number, arrays, record, self._shown) or ())
         )  # fmt: skip
@@ -265,6 +269,10 @@ class Coordinator:
         found = self._metrics(
             "aggregate_evaluate", self._call("aggregate_evaluate", lambda: self.strategy.aggregate_evaluate(number, replies))
         )
+        if facts.histogram:  # all that a sum of scores tells
+            found |= {"clients": sum(facts.histogram), "histogram": list(facts.histogram)}
+            found["percentiles"] = dict(zip(map(str, _PERCENTILES), _quantiles(facts.histogram), strict=True))
+            return {"federated": found}, facts
         accuracies = [accuracy for _, accuracy, _ in facts.accuracies]
         found["clients"] = len(accuracies)
         if accuracies:
@@ -278,18 +286,20 @@ class Coordinator:
         return {"federated": found}, facts
 
     def _count(
-        self, seen: npt.NDArray[np.bool_], release: Release | None, trained: Facts, evaluated: Facts
+        self, seen: npt.NDArray[np.bool_], release: Summation | None, trained: Facts, evaluated: Facts
     ) -> tuple[npt.NDArray[np.bool_], Metrics]:
         """Clients and bytes of a round for its metrics, and who now holds the frozen parameters, which a client downloads once.
 
-        Under a release nothing may tell who took part: numbers are those of the planned cohort, as if nobody held them yet.
+        Of sums nothing tells who took part: numbers are those of the planned cohort, as if nobody held them yet.
         """
         now = seen.copy()
         now[[client for part in (trained, evaluated) for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
-        downloads = release.cohort if release else int((now & ~seen).sum())
+        planned = release.cohort * self.config.secagg.shards if release else 0
+        downloads = planned if release else int((now & ~seen).sum())
         return now, {
-            "cohort": release.cohort if release else len(trained.clients) + len(trained.dropped),
+            "cohort": planned if release else len(trained.clients) + len(trained.dropped),
             "replies": trained.survivors if release else len(trained.clients),
+            **({} if trained.failed is None else {"failed": trained.failed}),
             "dropped": [{"client": client, "reason": reason} for client, reason in trained.dropped],
             "bytes_up": trained.bytes_up + evaluated.bytes_up,
             "bytes_down": trained.bytes_down + evaluated.bytes_down + self._frozen_bytes * downloads,
@@ -370,6 +380,14 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _quantiles(histogram: Sequence[int]) -> list[float]:
+    """The `_PERCENTILES` of values in [0, 1] of which only a histogram is known, as if evenly spread within a bin."""
+    ends = np.concatenate([[0], np.cumsum(histogram)]) / sum(histogram)
+    places = np.linspace(0, 1, len(histogram) + 1)
+    found: list[float] = np.interp([p / 100 for p in _PERCENTILES], ends, places).tolist()
+    return found
 
 
 def _record(task: RoundTask) -> ConfigRecord:

@@ -21,10 +21,12 @@ from fedcore.config import RunConfig, load_config
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
+from fedcore.coordinator.secure import simulated_trust
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.errors import FedcoreError, Refused
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
+from fedcore.grids.secure import SecureGrid
 from fedcore.privacy.ledger import Ledger
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.state.ledger import open_ledger
@@ -132,7 +134,7 @@ class FederatedRun:
         """Run the rounds that are left; each is in metrics.jsonl when it is yielded."""
         for metrics in self.coordinator.rounds():
             self._history.append(metrics)
-            if self.assembly.protection.client:
+            if self.assembly.protection.client or self.assembly.secured:
                 self._tell_operator(metrics["round"])
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
@@ -166,7 +168,7 @@ class FederatedRun:
             "bytes_down": sum(entry["bytes_down"] for entry in self._history),
             "clients_per_second": sum(_worked(entry) for entry in self._history) / sum(t["train"] for t in timings),
             "seconds": sum(timing["seconds"] for timing in timings),
-            "dropped": None if self.assembly.protection.client else sum(len(entry["dropped"]) for entry in self._history),
+            "dropped": self._dropped(),
             **({"ended": self.coordinator.ended} if self.coordinator.ended else {}),
             **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,
@@ -182,6 +184,13 @@ class FederatedRun:
         _write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.directory)
         return result
+
+    def _dropped(self) -> int | None:
+        """Clients that were drawn and gave nothing; None where that number is withheld."""
+        if self.assembly.protection.client or self.assembly.secured:
+            replies = [entry["replies"] for entry in self._history]
+            return None if None in replies else sum(entry["cohort"] - entry["replies"] for entry in self._history)
+        return sum(len(entry["dropped"]) for entry in self._history)
 
     def _guarantees(self, last: Metrics) -> dict[str, Any]:
         """By unit what was spent, the noise that was used, and what each of the two numbers assumes."""
@@ -257,17 +266,23 @@ class FederatedRun:
 class SimulatedRun(FederatedRun):
     """A scenario on this machine's cores."""
 
-    grid: CohortGrid
-
     def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
         super().__init__(config, directory, _cohort, resume=resume)
 
 
-def _cohort(assembly: Assembly) -> CohortGrid:
+def _cohort(assembly: Assembly) -> CohortGrid | SecureGrid:
     single = assembly.engine.device != "cpu"
     workers = 1 if single else assembly.config.engine.workers or available_workers()
-    mean, released = accepts_mean(assembly.strategy), assembly.protection.released
-    return CohortGrid(build_clients(assembly), assembly.layout, mean=mean, workers=workers, released=released)
+    clients, layout, secured = build_clients(assembly), assembly.layout, assembly.secured
+    released = assembly.protection.released
+    if secured is None:
+        return CohortGrid(clients, layout, mean=accepts_mean(assembly.strategy), workers=workers, released=released)
+    trust = simulated_trust(assembly.config, secured)
+    inner = CohortGrid(
+        clients, layout, mean=True, workers=workers, released=max(released, secured.largest),
+        participants=trust.participants if trust else None,
+    )  # fmt: skip
+    return secured.wrap(inner, layout, trust.committee if trust else None, assembly.config.run.name)
 
 
 def _run_id(directory: Path) -> str:

@@ -49,7 +49,7 @@ def _voiding_client(one: PrivacyConfig, config: RunConfig, population: int, stra
     if one.loss_cap and config.unit_privacy("example"):
         yield "privacy.loss_cap: a training loss is not protected by DP-SGD; leave it out where unit example is protected too"
     if one.mechanism == "skellam":
-        yield from _voiding_shares(one, cohort)
+        yield from _voiding_shares(one, cohort // config.secagg.shards)
 
 
 def _voiding_shares(one: PrivacyConfig, cohort: int) -> Iterator[str]:

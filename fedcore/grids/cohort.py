@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType
 
+from fedcore.errors import Refused, RoundFailed
 from fedcore.flower import (
     METRICS,
     NOBODY,
@@ -27,10 +30,13 @@ from fedcore.flower import (
     to_record,
 )
 from fedcore.grids.pool import Doubles, WorkerPool
+from fedcore.grids.protocol import Invited, check_in_reply, hash_work, invitation_of, upload_reply, visit_of, without_protocol
 from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.training.client import SCORE_BYTES, Clients, RoundTask
+from fedcore.secagg.participant import Participants
+from fedcore.secagg.sums import ScoreSum
+from fedcore.training.client import CHECK_IN, SCORE_BYTES, Clients, RoundTask
 
 __all__ = ["CohortGrid"]
 
@@ -39,27 +45,34 @@ _UNITS = 32  # work units of a round: a constant, so that the order of summation
 
 @dataclass(frozen=True)
 class _Job:
-    """A work unit: some clients that train, or that evaluate."""
+    """A work unit: some clients that train, or that evaluate; masked, where they have invitations to a plan for this work."""
 
     kind: str
     clients: tuple[int, ...]
     task: RoundTask
+    invited: Mapping[int, Invited] = field(default_factory=dict)
+    work_hash: bytes = b""
 
 
 @dataclass(frozen=True)
 class _Sum:
-    """What clients add up to, beside the vector of example-weighted updates: sums over the examples of usable clients."""
+    """What clients add up to, beside the vector of example-weighted updates: sums over the examples of usable clients.
+
+    ``uploads``: by client its masked contribution, and the milliseconds of its cryptography.
+    """
 
     facts: Facts
     examples: int
     loss: float
     correct: int = 0
+    uploads: tuple[tuple[int, bytes, float], ...] = ()
 
     @classmethod
     def of(cls, parts: Sequence[_Sum]) -> _Sum:
         """The sum of sums, in their order."""
         facts = Facts.merge(part.facts for part in parts)
-        return cls(facts, sum(p.examples for p in parts), sum(p.loss for p in parts), sum(p.correct for p in parts))
+        uploads = tuple(upload for part in parts for upload in part.uploads)
+        return cls(facts, sum(p.examples for p in parts), sum(p.loss for p in parts), sum(p.correct for p in parts), uploads)
 
 
 class CohortGrid(ClientGrid):
@@ -71,14 +84,18 @@ class CohortGrid(ClientGrid):
     counts those whose work is finished, ``place`` says for the user where. With ``updates`` the arrays in a reply are
     local - received alone, or a client's contribution where a task has a release.
 
-    A release of up to ``released`` numbers is published with ``randomness``, by round. Its one reply says nothing of who took
-    part; ``observed`` does, to the operator.
+    A sum of up to ``released`` numbers has one reply, which says nothing of who took part; ``observed`` does, to the operator.
+    ``participants`` take part in secure aggregation: asked by `grids.protocol`, clients check in, and reply masked contributions.
     """
 
+    blind = False
+
     def __init__(
-        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False, released: int = 0
-    ) -> None:
+        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False, released: int = 0,
+        participants: Participants | None = None,
+    ) -> None:  # fmt: skip
         assume_identity()
+        self._participants = participants
         self.nodes: Sequence[int] = range(len(clients.data.clients))
         self.clients_done = 0
         self.observed, self.simulated = Facts(), not clients.real
@@ -95,6 +112,10 @@ class CohortGrid(ClientGrid):
         """The clients that take part."""
         return list(self.nodes)
 
+    def client_of(self, node: int) -> int:
+        """The client behind a node."""
+        return node
+
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Let each message's client do its work. Only good replies come back; failures are facts of the first of them.
 
@@ -105,6 +126,8 @@ class CohortGrid(ClientGrid):
         self.clients_done, self.observed = 0, Facts()
         sent = list(messages)
         check_addressees(sent, self.nodes or [NOBODY])
+        if sent and visit_of(sent[0]):
+            return self._in_protocol(sent, timeout)
         if self.mean:
             check_one_content(sent)
         groups: dict[int, list[Message]] = {}
@@ -115,12 +138,8 @@ class CohortGrid(ClientGrid):
 
     def _answer(self, messages: Sequence[Message], timeout: float | None) -> tuple[list[Answer], Facts]:
         """The usable answers to messages of one content, and what concerns them all."""
-        kind = kind_of(messages[0])
-        master = from_record(self._layout, only_record(messages[0], ArrayRecord))
-        task = RoundTask.from_table(only_record(messages[0], ConfigRecord))
-        blob = encode_model(self._layout.wire_tensors(master), task.ranges)
-        self._pool.shared[:] = self._layout.join(decode_model(blob).tensors)
-
+        kind, task = kind_of(messages[0]), _task(messages[0])
+        master, blob = self._receive(messages[0], task)
         clients = [node for message in messages if (node := _node(message)) != NOBODY]
         units = _units(clients) if self.mean else [(client,) for client in clients]
         answers: list[Answer] = []
@@ -129,7 +148,7 @@ class CohortGrid(ClientGrid):
             if task.release and not self._updates:
                 self.observed = Facts.merge([self.observed, total.facts])
                 summed, survivors = vector[: task.release.size], len(total.facts.clients)
-                answers.append(publish(message, self._layout, task.release, summed, survivors, self._clients.noise(task)))
+                answers.append(publish(message, self._layout, task, summed, survivors, self._clients.noise(task)))
                 continue
             if not total.examples:
                 dropped.append(total.facts)
@@ -138,6 +157,40 @@ class CohortGrid(ClientGrid):
             answers.append(Answer(message, arrays, _metrics(kind, total, private=task.private), total.facts))
         asked = task.release.cohort if task.release else len(messages)
         return answers, Facts.merge([Facts(bytes_down=len(blob) * asked), *dropped])
+
+    def _receive(self, message: Message, task: RoundTask) -> tuple[npt.NDArray[np.float32], bytes]:
+        """The master in a message, and the encoded model that clients receive, whose values the workers see from now on."""
+        master = from_record(self._layout, only_record(message, ArrayRecord))
+        blob = encode_model(self._layout.wire_tensors(master), task.ranges)
+        self._pool.shared[:] = self._layout.join(decode_model(blob).tensors)
+        return master, blob
+
+    def _in_protocol(self, messages: Sequence[Message], timeout: float | None) -> list[Message]:
+        """Check-ins, or masked contributions; a client that has none to give does not reply."""
+        if self._participants is None:
+            raise Refused("these clients do not take part in secure aggregation: the scenario lacks [secagg] enabled = true")
+        task = _task(messages[0])
+        by_client = {_node(message): message for message in messages}
+        if messages[0].metadata.message_type == MessageType.QUERY:
+            asked = [(client, visit_of(message)) for client, message in by_client.items()]
+            return [
+                check_in_reply(by_client[client], self._participants.check_in(client, visit))
+                for client, visit in asked
+                if visit and self._clients.vanishes(client, task.round_number) != CHECK_IN
+            ]
+        _, blob = self._receive(messages[0], task)
+        invited = {client: found for client, message in by_client.items() if (found := invitation_of(message))}
+        kind, work_hash = kind_of(messages[0]), hash_work(blob, _configuration(messages[0]))
+        jobs = [
+            _Job(kind, unit, task, {client: invited[client] for client in unit}, work_hash) for unit in _units(sorted(invited))
+        ]  # fmt: skip
+        parts = []
+        for job, (part, _) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
+            parts.append(part)
+            self.clients_done += len(job.clients)
+        total = _Sum.of(parts)
+        self.observed = total.facts
+        return [upload_reply(by_client[client], upload, taken) for client, upload, taken in total.uploads]
 
     def _arrays(self, task: RoundTask, master: npt.NDArray[np.float32], vector: Doubles, examples: int) -> ArrayRecord:
         """What a reply holds: the local model, or what the clients' own reply to a grid of a coordinator elsewhere holds."""
@@ -169,20 +222,23 @@ class CohortGrid(ClientGrid):
         out.fill(0)
         values = torch.from_numpy(shared).float()
         if job.kind == MessageType.EVALUATE:
-            scores = list(self._clients.evaluate(values, job.clients, job.task))
-            accuracies = tuple((client, score.accuracy, score.examples) for client, score in scores)
-            facts = Facts(job.clients, bytes_up=SCORE_BYTES * len(scores), accuracies=accuracies)
-            found = [score for _, score in scores]
-            return _Sum(facts, sum(s.examples for s in found), sum(s.loss_sum for s in found), sum(s.correct for s in found))
+            return self._evaluate(job, values, out)
         weighted, release = torch.from_numpy(out), job.task.release
         good, dropped, examples, loss, up = [], [], 0, 0.0, 0
+        uploads = []
         for reply in self._clients.train(values, job.clients, job.task):
             up += reply.bytes_up
             if reply.reason:
                 dropped.append((reply.client, reply.reason))
             if release and reply.contribution is not None:
+                if not job.invited:
+                    out[: release.size] += release.accept(reply.contribution)
+                elif isinstance(sent := self._mask(job, reply.client, reply.contribution), str):
+                    dropped.append((reply.client, sent))
+                    continue
+                else:
+                    uploads.append(sent)
                 good.append(reply.client)
-                out[: release.size] += release.accept(reply.contribution)
                 examples += 1
                 continue
             if reply.update is None:
@@ -191,7 +247,51 @@ class CohortGrid(ClientGrid):
             weighted[: self._layout.size].add_(reply.update.cpu(), alpha=reply.examples)
             examples += reply.examples
             loss += reply.loss * reply.examples
-        return _Sum(Facts(tuple(good), tuple(dropped), up), examples, loss)
+        return _Sum(Facts(tuple(good), tuple(dropped), up), examples, loss, uploads=tuple(uploads))
+
+    def _evaluate(self, job: _Job, values: torch.Tensor, out: Doubles) -> _Sum:
+        """The scores of a unit's clients: in the clear, or as a contribution each."""
+        release = job.task.release
+        clients = [client for client in job.clients if self._clients.arrives(client, job.task.round_number)]
+        scores = list(self._clients.evaluate(values, clients, job.task))
+        if isinstance(release, ScoreSum):
+            sent = [
+                (client, release.contribution(score.examples, score.correct, score.loss_sum)) for client, score in scores
+            ]  # fmt: skip
+            if not job.invited:
+                for _, contribution in sent:
+                    out[: release.size] += release.accept(contribution)
+                return _Sum(Facts(tuple(clients), bytes_up=release.bytes * len(clients)), len(clients), 0.0)
+            masked = [(client, self._mask(job, client, contribution)) for client, contribution in sent]
+            dropped = tuple((client, found) for client, found in masked if isinstance(found, str))
+            uploads = tuple(found for _, found in masked if not isinstance(found, str))
+            return _Sum(Facts(tuple(client for client, _, _ in uploads), dropped), len(uploads), 0.0, uploads=uploads)
+        accuracies = tuple((client, score.accuracy, score.examples) for client, score in scores)
+        facts = Facts(tuple(clients), bytes_up=SCORE_BYTES * len(scores), accuracies=accuracies)
+        found = [score for _, score in scores]
+        return _Sum(facts, sum(s.examples for s in found), sum(s.loss_sum for s in found), sum(s.correct for s in found))
+
+    def _mask(self, job: _Job, client: int, contribution: npt.NDArray[Any]) -> tuple[int, bytes, float] | str:
+        """A client's upload and the milliseconds that it took, or why it makes none."""
+        if self._participants is None or job.task.release is None:
+            raise RoundFailed("an invitation without participants")
+        begun, invited = time.perf_counter(), job.invited[client]
+        try:
+            upload = self._participants.upload(
+                client, invited.visit, invited.invitation, job.work_hash, job.task.release, contribution
+            )  # fmt: skip
+        except Refused as error:
+            return str(error)
+        return client, upload, 1000 * (time.perf_counter() - begun)
+
+
+def _task(message: Message) -> RoundTask:
+    return RoundTask.from_table(_configuration(message))
+
+
+def _configuration(message: Message) -> ConfigRecord:
+    """The training configuration of a message, beside which one of secure aggregation may lie."""
+    return only_record(without_protocol(message), ConfigRecord)
 
 
 def _node(message: Message) -> int:

@@ -31,6 +31,7 @@ from fedcore.flower import (
     only_record,
     to_record,
 )
+from fedcore.grids.protocol import visit_of
 from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
 from fedcore.privacy.release import Release
@@ -75,6 +76,8 @@ class SuperLinkGrid(ClientGrid):
         Refused: a node has a partition id that does not exist, or that of another connected node.
     """
 
+    blind = False
+
     def __init__(self, grid: Grid, clients: int, layout: ParameterLayout, *, mean: bool, wait: float) -> None:
         assume_identity()
         self.nodes: Sequence[int] = range(clients)
@@ -87,6 +90,10 @@ class SuperLinkGrid(ClientGrid):
 
     def close(self) -> None:
         """Nothing to do: Flower closes its grid."""
+
+    def client_of(self, node: int) -> int:
+        """The client behind a node."""
+        return next((client for client, of in self._node_of.items() if of == node), -1)
 
     def get_node_ids(self) -> Iterable[int]:
         """The nodes of the clients that take part."""
@@ -106,21 +113,26 @@ class SuperLinkGrid(ClientGrid):
         if self.mean:
             check_one_content(sent)
         check_addressees(sent, [self._node_of[client] for client in self.nodes] or [NOBODY])
-        if sent and (release := _task(sent[0]).release) and kind_of(sent[0]) == MessageType.TRAIN:
-            return self._publish(sent, release, timeout)
+        if sent and visit_of(sent[0]):  # secure aggregation screens what comes back: all of it is opaque here
+            return list(self._grid.send_and_receive(sent, timeout=timeout))
+        if sent and (task := _task(sent[0])).release and kind_of(sent[0]) == MessageType.TRAIN:
+            return self._publish(sent, task, timeout)
         parts, dropped = self._parts(sent, timeout)
         groups = [parts] if self.mean and parts else [[part] for part in parts]
         return answer_all([self._together(group) for group in groups], Facts(dropped=dropped))
 
-    def _publish(self, sent: Sequence[Message], release: Release, timeout: float | None) -> list[Message]:
+    def _publish(self, sent: Sequence[Message], task: RoundTask, timeout: float | None) -> list[Message]:
         """The one reply of a round in which each client is protected; the noise comes from the operating system."""
+        release = task.release
+        if not isinstance(release, Release):
+            raise Refused("these nodes would show the coordinator every client's part of the sum; it takes secure aggregation")
         parts, dropped = self._parts([message for message in sent if message.metadata.dst_node_id != NOBODY], timeout)
         self.observed = Facts.merge([Facts(dropped=dropped), *(part.facts for part in parts)])
         total = np.zeros(release.size)
         for part in parts:
             total += part.update
         down = max((part.facts.bytes_down for part in parts), default=0)
-        answer = publish(sent[0], self._layout, release, total, len(parts), os.urandom)
+        answer = publish(sent[0], self._layout, task, total, len(parts), os.urandom)
         return answer_all([answer], Facts(bytes_down=down * release.cohort))
 
     def _parts(self, sent: Sequence[Message], timeout: float | None) -> tuple[list[_Part], tuple[tuple[int, str], ...]]:
@@ -201,7 +213,7 @@ class SuperLinkGrid(ClientGrid):
                 return _Part(message, metrics, Facts((client,), (), told.bytes_up, told.bytes_down, (seen,)))
             (arrays,) = reply.content.array_records.values()
             facts = Facts((client,), (), told.bytes_up, told.bytes_down)
-            if task.release:
+            if isinstance(task.release, Release):
                 return _Part(message, metrics, facts, task.release.accept(arrays[CONTRIBUTION].numpy()))
             update = from_record(self._layout, arrays)
         except Exception as error:  # a client may send anything, and harms nobody else by it

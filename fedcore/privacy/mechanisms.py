@@ -21,14 +21,17 @@ Doubles = npt.NDArray[np.float64]
 
 
 class Means(NamedTuple):
-    """What a noised sum says; ``unclipped`` and ``loss`` are None where the layout has no such coordinate.
+    """What a sum says; what its layout has no coordinate for is None.
 
-    Noise can take ``unclipped`` out of [0, 1] and ``loss`` out of [0, loss cap].
+    Noise can take ``unclipped`` out of [0, 1] and ``loss`` out of [0, loss cap]. ``examples`` is the sum of the weights,
+    ``failed`` the number of clients whose training gave nothing.
     """
 
     update: Doubles
     unclipped: float | None
     loss: float | None
+    examples: int | None = None
+    failed: int | None = None
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,16 @@ class Release:
         """Length of a contribution as it travels."""
         return self.shares.bytes if self.shares else 4 * self.size
 
+    @property
+    def bits(self) -> int:
+        """Width of the integers that clients send modulo 2^b; 0 where they send real numbers."""
+        return self.shares.bits if self.shares else 0
+
+    @property
+    def counted(self) -> bool:
+        """Whether the guarantee takes the number of survivors to be public."""
+        return self.shares is not None
+
     def contribution(self, update: npt.NDArray[np.floating], examples: int, loss: float, random: RandomBytes) -> Contribution:
         """What a client sends [size]: weighted, clipped, and integers with its share of the noise where there are ``shares``.
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from fedcore.errors import Refused
 
-__all__ = ["COMPLETE_UP_TO", "Graph", "check_degree", "choose_degree", "circle_of", "survival_risk"]
+__all__ = ["COMPLETE_UP_TO", "Graph", "check_degree", "choose_degree", "circle_of", "least_survivors", "survival_risk"]
 
 COMPLETE_UP_TO = 128
 _SEPARATION = Fraction(1, 2**60)  # 2^-40 over the million rounds that a member takes part in
@@ -96,6 +96,20 @@ def choose_degree(clients: int, corrupt: int, dropout: float) -> tuple[int, int]
         if least <= width and survival_risk(clients, width, least, dropout) <= _ABORTS:
             return 2 * width, least
     return clients - 1, 0
+
+
+def least_survivors(clients: int, degree: int, corrupt: int) -> int:
+    """The smallest D with which ``degree`` neighbours are safe; 0 for the complete graph, of n - 1 neighbours or more.
+
+    Raises:
+        Refused: none is.
+    """
+    if degree >= clients - 1:
+        return 0
+    width = degree // 2
+    least = next((d for d in range(1, width + 1) if _inseparable(clients, width, d, corrupt)), width)
+    check_degree(clients, degree, max(least, 1), corrupt)
+    return least
 
 
 def survival_risk(clients: int, width: int, least: int, dropout: float) -> Fraction:

@@ -19,18 +19,20 @@ from torch import Tensor, nn
 from fedcore.data import FederatedData
 from fedcore.errors import Refused
 from fedcore.privacy.randomness import RandomBytes, derive_key, keystream
-from fedcore.privacy.release import Contribution, Release
+from fedcore.privacy.release import Contribution
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, Update, decode_update, encode_update, update_length
+from fedcore.secagg.sums import ScoreSum, Summation, sum_from_table
 from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.evaluation import Score, evaluate, load_flat
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, LocalResult, client_rng
 
-__all__ = ["DATA_ORDER", "SCORE_BYTES", "ClientReply", "Clients", "RoundTask", "why_unusable"]
+__all__ = ["AFTERWARDS", "CHECK_IN", "DATA_ORDER", "SCORE_BYTES", "WORK", "ClientReply", "Clients", "RoundTask", "why_unusable"]
 
 Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
-DATA_ORDER, _ROUNDING = 1, 2  # purposes of a client's generators
+DATA_ORDER, _ROUNDING, _VANISHING = 1, 2, 3  # purposes of a client's generators
+CHECK_IN, WORK, AFTERWARDS = "check-in", "work", "afterwards"
 _RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
 
@@ -39,14 +41,14 @@ class RoundTask:
     """What the coordinator asks of every client in a round; travels as a flat table of scalars and lists.
 
     ``max_update_norm``: L2 norm above which an update counts as exploded. ``ranges``: frozen activation ranges by quantizer
-    name, empty before calibration. ``release``: how updates are summed where each client is protected.
+    name, empty before calibration. ``release``: how contributions are summed where nothing but their sum may be seen.
     """
 
     round_number: int
     plan: LocalPlan
     max_update_norm: float
     ranges: Mapping[str, ActivationRange] = field(default_factory=dict)
-    release: Release | None = None
+    release: Summation | None = None
 
     def to_table(self) -> dict[str, Any]:
         """The task as Flower ConfigRecord values, under the names that strategies may read and change."""
@@ -95,7 +97,7 @@ class RoundTask:
             columns = (table["activation-names"], table["activation-scales"], table["activation-zero-points"])
             ranges = {str(name): ActivationRange(float(s), int(z)) for name, s, z in zip(*columns, strict=True)}
             number, limit = _positive(table, "server-round"), _number(table, "max-update-norm")
-            return cls(number, plan, limit, ranges, Release.from_table(table))
+            return cls(number, plan, limit, ranges, sum_from_table(table))
         except KeyError as error:
             raise Refused(
                 f"training configuration: key {error} is missing; the strategy must pass on the one it was given"
@@ -123,18 +125,19 @@ class ClientReply:
 class Clients:
     """The work of clients that hold ``data``; owns one model, on the engine's device.
 
-    Simulated clients draw all that is random from ``seed``, round and client. ``real`` ones draw what protects them from the
-    operating system.
+    Simulated clients draw all that is random from ``seed``, round and client, and a share ``dropout`` of them vanishes in a
+    round. ``real`` ones draw what protects them from the operating system.
     """
 
     def __init__(
         self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str, real: bool = False,
-        salt: str = "",
+        salt: str = "", dropout: float = 0.0,
     ) -> None:  # fmt: skip
         self.model = model.to(engine.device)
         self.trainer = make_trainer(engine, self.model)
         self.device = torch.device(engine.device)
         self.data, self.seed, self.encoding, self.real, self.salt = data, seed, encoding, real, salt
+        self._dropout = dropout
         self._ranges: Mapping[str, ActivationRange] = {}
 
     def train(self, start: Tensor, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
@@ -144,6 +147,9 @@ class Clients:
         """
         self._freeze(task.ranges)
         start = start.to(self.device)
+        gone = [client for client in clients if not self.arrives(client, task.round_number)]
+        yield from (ClientReply(client, 0, math.nan, None, "vanished (cohort.dropout)", 0) for client in gone)
+        clients = [client for client in clients if client not in gone]
         for first in range(0, len(clients), self.trainer.chunk):
             group = clients[first : first + self.trainer.chunk]
             try:
@@ -163,6 +169,17 @@ class Clients:
         for client in clients:
             examples = self.data.dataset.train.take(self.data.holdout[client])
             yield client, evaluate(self.model, self._tensor(examples.x), self._tensor(examples.y))
+
+    def vanishes(self, client: int, round_number: int) -> str:
+        """The step of a round at which a simulated client is lost: `CHECK_IN`, `WORK` or `AFTERWARDS`; empty if it stays."""
+        if not self._dropout:
+            return ""
+        rng = client_rng(self.seed, round_number, client, _VANISHING)
+        return str(rng.choice((CHECK_IN, WORK, AFTERWARDS))) if rng.random() < self._dropout else ""
+
+    def arrives(self, client: int, round_number: int) -> bool:
+        """Whether what the client sends in a round arrives."""
+        return self.vanishes(client, round_number) not in {CHECK_IN, WORK}
 
     def _freeze(self, ranges: Mapping[str, ActivationRange]) -> None:
         if ranges != self._ranges:
@@ -194,7 +211,7 @@ class Clients:
         reason = why_unusable(float(torch.linalg.vector_norm(result.update)), loss, task.max_update_norm)
         if reason:
             return self._failed(result.client, reason, task)
-        if task.release:
+        if task.release and not isinstance(task.release, ScoreSum):
             random = self._random("share", result.client, task)
             contribution = task.release.contribution(result.update.cpu().numpy(), result.examples, loss, random)
             return ClientReply(result.client, result.examples, loss, result.update, "", task.release.bytes, contribution)
@@ -209,7 +226,7 @@ class Clients:
         """Under a release a client whose training fails contributes nothing, as zeros: who drops must not depend on its data.
         Under DP-SGD the reason, which may quote an example, stays on the client."""
         examples = len(self.data.clients[client])
-        if task.release:
+        if task.release and not isinstance(task.release, ScoreSum):
             sent = task.release.nothing(self._random("share", client, task))
             return ClientReply(client, examples, math.nan, None, reason, task.release.bytes, sent)
         return ClientReply(client, examples, math.nan, None, "training failed" if task.plan.dp else reason, 0)

@@ -1,0 +1,178 @@
+"""What [secagg] asks of a run: how sums are made, what it cannot be combined with, and the committee."""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from flwr.serverapp.strategy import Strategy
+
+from fedcore.config import RunConfig
+from fedcore.coordinator.privacy import Protection
+from fedcore.coordinator.strategy import accepts_mean
+from fedcore.data import FederatedData
+from fedcore.errors import Refused
+from fedcore.grids.secure import InnerGrid, SecureGrid, Terms
+from fedcore.models import ParameterLayout
+from fedcore.secagg.committee import local_committee
+from fedcore.secagg.committee_client import RemoteMember
+from fedcore.secagg.driver import Committee
+from fedcore.secagg.keys import SIGNING, read_message, read_public_key, read_signing_key
+from fedcore.secagg.messages import TrustBundle
+from fedcore.secagg.participant import SimulatedParticipants
+from fedcore.secagg.plan import Policy
+from fedcore.secagg.sums import ScoreSum, UpdateSum, plan_update_sum
+from fedcore.secagg.trust import check_trust
+from fedcore.training.client import RoundTask
+
+__all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_committee"]
+
+
+@dataclass(frozen=True)
+class Secured:
+    """How a run's sums are made. ``scores`` where clients evaluate; ``updates`` where their updates are not noised instead."""
+
+    terms: Terms
+    policy: Policy
+    updates: UpdateSum | None
+    scores: ScoreSum | None
+
+    @property
+    def largest(self) -> int:
+        """Numbers in the largest sum without noise."""
+        return max((found.size for found in (self.updates, self.scores) if found), default=0)
+
+    def check_task(self, task: RoundTask, *, trains: bool, invited: bool) -> None:
+        """On a client: see that it is asked for a masked contribution to the very sum that its own scenario has.
+
+        Raises:
+            Refused: it is asked to show what it would send, or to add to another sum.
+        """
+        if not invited:
+            raise Refused("secure aggregation: the coordinator asks for work without an invitation to mask what comes of it")
+        expected = self.updates if trains else self.scores
+        if expected is not None and task.release != expected:  # noise on updates is checked with the privacy that asks for it
+            raise Refused("secure aggregation: the coordinator asks for another sum than the scenario's")
+
+    def wrap(self, inner: InnerGrid, layout: ParameterLayout, committee: Committee | None, name: str) -> SecureGrid:
+        """A run's grid under secure aggregation; the task's name is new every time."""
+        return SecureGrid(inner, layout, self.terms, committee, f"{name[:64]}/{secrets.token_hex(8)}")
+
+
+@dataclass(frozen=True)
+class SimulatedTrust:
+    """A committee, and simulated clients that are enrolled with it."""
+
+    committee: Committee
+    participants: SimulatedParticipants
+
+
+def secure(config: RunConfig, data: FederatedData, strategy: Strategy, protection: Protection, dimension: int) -> Secured | None:
+    """What [secagg] says for updates of ``dimension`` values; None where it is not enabled.
+
+    Raises:
+        Refused: a combination in which the coordinator would see more than sums, or that cannot be summed; with the reason.
+    """
+    if not config.secagg.enabled:
+        return None
+    for problem in _what_prevents(config, data, strategy):
+        raise Refused(f"[secagg]: {problem}")
+    one, population = config.secagg, len(data.clients)
+    clients = (config.cohort.size or population) // one.shards
+    corrupt, survivors, noise = _assumed(config, protection, clients)
+    terms = Terms(corrupt, one.neighbours, one.expected_dropout, one.shards, config.run.seed)
+    cap = one.weight_cap or max(len(part) for part in data.clients)
+    updates = None if protection.client else plan_update_sum(
+        dimension, clients, minimum_survivors=survivors, clip=one.clip, weight_cap=cap, bits=one.bits
+    )  # fmt: skip
+    evaluated = config.cohort.evaluate_size or population
+    least = max(corrupt + 2, min(survivors, math.ceil(evaluated / 2)))
+    if config.evaluation.federated_every and evaluated < least:
+        raise Refused(f"[secagg]: cohort.evaluate_size = {evaluated} is too few for a sum of scores; it takes {least} clients")
+    held_out = max((len(part) for part in data.holdout), default=0)
+    scores = ScoreSum(evaluated, least, max(1, held_out)) if config.evaluation.federated_every else None
+    return Secured(terms, Policy(min(survivors, least), corrupt, noise), updates, scores)
+
+
+def simulated_trust(config: RunConfig, secured: Secured) -> SimulatedTrust | None:
+    """The committee of a simulation and its enrolled clients; None where sums are added unmasked."""
+    one = config.secagg
+    if one.simulate == "arithmetic":
+        return None
+    secret = os.urandom(32)  # masks are no part of what a simulation repeats: they leave the sum
+    if one.operators:
+        if not one.enrolment:
+            raise Refused("[secagg]: simulated clients of operators need secagg.enrolment, the directory of the enrolment key")
+        committee, enrolment = (
+            trusted_committee(config, secured), read_signing_key(config.folder / one.enrolment / f"{SIGNING}.key")
+        )  # fmt: skip
+        if enrolment.public != committee.trust.enrolment_key:
+            raise Refused(f"secagg.enrolment: {one.enrolment} holds another key than the one that the trust bundle names")
+    else:
+        local = local_committee(one.members, one.threshold, one.corrupt_members, config.run.name, secured.policy)
+        committee, enrolment = Committee(local.trust, secured.policy, local.members), local.enrolment
+    return SimulatedTrust(committee, SimulatedParticipants(secret, enrolment, committee.trust, secured.policy))
+
+
+def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
+    """The operators of the scenario, as the trust bundle pins them.
+
+    Raises:
+        Refused: no operators are named, or the files are not what they should be.
+    """
+    one, folder = config.secagg, config.folder
+    if not one.operators:
+        raise Refused("[secagg]: real clients need a committee of operators (secagg.operators), apart from the coordinator")
+    trust = read_message(folder / one.trust, TrustBundle)
+    check_trust(trust, read_public_key(folder / one.trust_key)[1])
+    if len(one.operators) != len(trust.member_keys):
+        raise Refused(f"secagg.operators: the trust bundle names {len(trust.member_keys)} members, got {len(one.operators)}")
+    own = folder / one.credentials if one.credentials else None
+    members = {
+        point: RemoteMember(point, address, fingerprint, trust, credentials=own)
+        for point, (address, fingerprint) in enumerate(zip(one.operators, one.operator_fingerprints, strict=True), 1)
+    }
+    return Committee(trust, secured.policy, members)
+
+
+def _assumed(config: RunConfig, protection: Protection, clients: int) -> tuple[int, int, float]:
+    """Corrupt clients of a sum, fewest survivors, and noise multiplier."""
+    if protection.client:
+        shares = protection.client.release(1, protection.client.config.clipping_norm).shares
+        if shares is None:
+            raise Refused("[secagg]: noise on the sum by the coordinator would let it see the exact sum")
+        return shares.corrupt, shares.minimum_survivors, shares.noise_multiplier
+    corrupt = math.ceil(config.secagg.corrupt_fraction * clients)
+    survivors = config.secagg.minimum_survivors or max(corrupt + 2, math.ceil(clients / 2))
+    if not corrupt + 2 <= survivors <= clients:
+        raise Refused(
+            f"[secagg]: a sum of {clients} clients with {corrupt} corrupt ones takes {corrupt + 2} to {clients} survivors, "
+            f"minimum_survivors asks for {survivors}"
+        )
+    return corrupt, survivors, 0.0
+
+
+def _what_prevents(config: RunConfig, data: FederatedData, strategy: Strategy) -> Iterator[str]:
+    one, name, cohort = config.secagg, config.strategy.name, config.cohort.size or len(data.clients)
+    client = config.unit_privacy("client")
+    if one.shards == 1 and not accepts_mean(strategy):
+        yield (
+            f"strategy.name {name} looks at clients one by one, which nobody can here; use a strategy that needs only the mean "
+            "(fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi), or set secagg.shards: it then compares the sums of shards"
+        )
+    if config.wire.update != "float32":
+        yield f'wire.update = "{config.wire.update}": a sum has its own encoding, leave it out'
+    if cohort % one.shards or cohort // one.shards < 2:
+        yield f"secagg.shards = {one.shards} must divide the cohort of {cohort} into parts of at least 2"
+    if client and client.mechanism != "skellam":
+        yield (
+            'privacy.mechanism = "gaussian" with unit client adds noise where the exact sum is seen; with secure aggregation the '
+            'clients add it: use mechanism = "skellam"'
+        )
+    if client:
+        for key in ("corrupt_fraction", "minimum_survivors"):
+            if getattr(one, key):
+                yield f"secagg.{key}: privacy.{key} says it, leave it out"

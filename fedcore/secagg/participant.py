@@ -1,0 +1,123 @@
+"""A client whose part in a round comes in two messages, to processes that may share nothing but 32 secret bytes between them.
+
+Flower starts a process for every message, and simulated clients are trained by whichever worker is free. A client's secrets of a
+round are therefore drawn from a key of that round: whoever holds it continues where the check-in ended.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from fedcore.errors import Refused
+from fedcore.privacy.randomness import derive_key, keystream
+from fedcore.secagg.client import Client
+from fedcore.secagg.crypto import Ed25519Key, Signer
+from fedcore.secagg.messages import Certificate, Header, TrustBundle
+from fedcore.secagg.plan import Policy
+from fedcore.secagg.sums import Summation, header_numbers
+from fedcore.secagg.trust import blaming, issue_certificate
+
+__all__ = ["Participant", "Participants", "SimulatedParticipants", "Visit"]
+
+Integers = npt.NDArray[np.unsignedinteger[Any]]
+_TEN_YEARS = 10 * 365 * 86400
+
+
+@dataclass(frozen=True)
+class Visit:
+    """What a client checks in for: one attempt at a round of a task, over at ``expiry`` (Unix seconds)."""
+
+    task: str
+    epoch: int
+    expiry: int
+
+
+class Participants(Protocol):
+    """The clients of a grid, by their number in it."""
+
+    def check_in(self, client: int, visit: Visit) -> bytes:
+        """The client's `CheckIn`."""
+        ...
+
+    def upload(
+        self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
+    ) -> bytes:  # fmt: skip
+        """The client's masked contribution, as `Client.upload` gives it; ``vector`` is overwritten."""
+        ...
+
+
+class Participant:
+    """One client. ``key`` [32 bytes] is drawn for one visit, and forgotten when `upload` is called."""
+
+    def __init__(self, identity: Signer, certificate: Certificate, trust: TrustBundle, policy: Policy) -> None:
+        self._identity, self._certificate, self._trust, self._policy = identity, certificate, trust, policy
+
+    def check_in(self, key: bytes, visit: Visit) -> bytes:
+        """The `CheckIn` for a visit."""
+        return self._client(key).check_in(visit.task, visit.epoch, visit.expiry)
+
+    def upload(
+        self, key: bytes, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
+    ) -> bytes:  # fmt: skip
+        """The masked ``vector`` [size], which is overwritten, for the plan of the invitation.
+
+        Raises:
+            Misbehaviour: the plan is not one that the committee approved, that this client's policy allows, or that its training
+                configuration announced.
+        """
+        client = self._client(key)
+        client.check_in(visit.task, visit.epoch, visit.expiry)
+        header = client.accept(invitation, model_hash, int(time.time())).header
+        with blaming("coordinator"):
+            _check_announced(header, summation)
+        return client.upload(vector).data
+
+    def _client(self, key: bytes) -> Client:
+        return Client(self._identity, self._certificate, self._trust, self._policy, keystream(key))
+
+
+class SimulatedParticipants:
+    """Enrolled clients in this process; ``secret`` gives their identities and the keys of their visits."""
+
+    def __init__(self, secret: bytes, enrolment: Ed25519Key, trust: TrustBundle, policy: Policy) -> None:
+        self._secret, self._enrolment, self._trust, self._policy = secret, enrolment, trust, policy
+        self._until = int(time.time()) + _TEN_YEARS  # one date, so that every process has the same certificates
+        self._enrolled: dict[int, Participant] = {}
+
+    def check_in(self, client: int, visit: Visit) -> bytes:
+        """See `Participants`."""
+        return self._participant(client).check_in(self._key(client, visit), visit)
+
+    def upload(
+        self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
+    ) -> bytes:  # fmt: skip
+        """See `Participants`."""
+        return self._participant(client).upload(self._key(client, visit), visit, invitation, model_hash, summation, vector)
+
+    def _key(self, client: int, visit: Visit) -> bytes:
+        return derive_key("visit", self._secret, visit.task, visit.epoch, client)
+
+    def _participant(self, client: int) -> Participant:
+        if client not in self._enrolled:
+            identity = Ed25519Key(derive_key("identity", self._secret, client))
+            certificate = issue_certificate(
+                self._enrolment, self._trust.population, identity.algorithm, identity.public, self._until
+            )  # fmt: skip
+            self._enrolled[client] = Participant(identity, certificate, self._trust, self._policy)
+        return self._enrolled[client]
+
+
+def _check_announced(header: Header, summation: Summation) -> None:
+    """See that the plan sums what the training configuration said, with the noise that it said.
+
+    Raises:
+        Refused: a number differs.
+    """
+    for name, announced in header_numbers(summation).items():
+        if getattr(header, name) != announced:
+            raise Refused(f"the plan's {name} is {getattr(header, name)}, the training configuration said {announced}")

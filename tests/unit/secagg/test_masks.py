@@ -42,6 +42,38 @@ def test_masks_longer_than_a_block(bits, length):
     assert vector[:50].tolist() == aes_ctr_words(seed, 50, size)
 
 
+@pytest.mark.parametrize("bits", [16, 24])
+@pytest.mark.parametrize("length", [1, 8, 16, 17, 16_384, 16_385, 32_768, 32_769, 49_157, 70_001])
+def test_both_ways_to_expand_a_mask_give_the_same_bytes(bits, length, monkeypatch):
+    """Counter mode alone is the slow twin of GCM's keystream."""
+    chosen = [bytes([i]) * 32 for i in range(3)]
+    found = []
+    for faster in (False, True):
+        monkeypatch.setattr(masks_module, "_gcm_is_faster", lambda answer=faster: answer)
+        found.append(zeros(length, bits))
+        add_masks(found[-1], chosen[:2])
+        subtract_masks(found[-1], chosen[2:])
+    assert (found[0] == found[1]).all()
+    streams = [
+        np.frombuffer(
+            Cipher(algorithms.AES256(seed), modes.CTR(bytes(16))).encryptor().update(bytes(found[0].nbytes)), found[0].dtype
+        )
+        for seed in chosen
+    ]
+    assert (found[0] == streams[0] + streams[1] - streams[2]).all()
+
+
+def test_the_faster_way_is_taken_for_long_vectors_only(monkeypatch):
+    used = []
+    gcm = masks_module._gcm
+    monkeypatch.setattr(masks_module, "_gcm", lambda seed: (used.append(seed), gcm(seed))[1])
+    monkeypatch.setattr(masks_module, "_gcm_is_faster", lambda: True)
+    add_masks(zeros(32_768, 16), [bytes(32)])
+    assert used == []
+    add_masks(zeros(32_769, 16), [bytes(32)])
+    assert used == [bytes(32)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.lists(seeds, max_size=4), widths, st.integers(1, 200), st.integers(0, 2**32 - 1))
 def test_masks_cancel_modulo_two_to_the_b(chosen, bits, length, seed):

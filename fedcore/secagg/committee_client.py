@@ -36,6 +36,7 @@ from fedcore.secagg.trust import blaming, member_key
 __all__ = ["RemoteMember"]
 
 _PAUSE, _LONGEST_PAUSE = 0.05, 1.0  # seconds between attempts, doubled each time
+_SPARE = 1 << 28  # bytes
 
 
 @dataclass
@@ -47,7 +48,7 @@ class _Connection:
 class RemoteMember:
     """Member ``point`` at ``address`` (HOST:PORT), who shows the certificate of this fingerprint (SHA-256, hexadecimal).
 
-    ``limits`` (a member's own by default) bound what is taken from it; every request ends after ``patience`` seconds, attempts
+    ``limits`` bound what is taken from it (256 MiB if not given); every request ends after ``patience`` seconds, attempts
     and waiting included. ``credentials`` is the directory of the coordinator's own TLS key, for members that demand one.
 
     Raises:
@@ -65,7 +66,7 @@ class RemoteMember:
         if len(self._fingerprint) != 64 or set(self._fingerprint) - set("0123456789abcdef"):
             raise Refused(f"the fingerprint of member {point} must be 64 hexadecimal digits, got {fingerprint!r}")
         self._trust, self._patience = trust, patience
-        self._longest = longest_message(limits or Limits(), len(trust.member_keys))
+        self._longest = longest_message(limits, len(trust.member_keys)) if limits else _SPARE
         self._own: tuple[bytes | None, bytes | None] = (None, None)
         if credentials:
             self._own = read_private_key(credentials / "tls.key"), read_certificate(credentials / "tls.pem")

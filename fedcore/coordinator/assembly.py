@@ -73,7 +73,7 @@ def assemble(config: RunConfig) -> Assembly:
     model = _model(config, data)
     sample = dataset.train.take(data.calibration[:4])
     check_model(model, torch.from_numpy(sample.x), len(dataset.labels))
-    engine = choose_engine(config.engine, model)
+    engine = choose_engine(config.engine, model, sample.x.shape[1:])
     resolved = config.replace("engine", name=engine.name, device=engine.device)
     if config.unit_privacy("example"):
         check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y))

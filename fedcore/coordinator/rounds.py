@@ -170,7 +170,7 @@ class Coordinator:
             "quantized": bool(progress.ranges),
             **central,
             **federated,
-            **({"secure": [dict(one) for one in (*trained.secure, *evaluated.secure)]} if secured else {}),
+            **({"secure": [dict(one) for one in trained.secure]} if trained.secure else {}),
             **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
             "timing": clock.laps | {"seconds": sum(clock.laps.values()), "clients_per_second": worked / clock.laps["train"]},
         }
@@ -271,6 +271,7 @@ class Coordinator:
         )
         if facts.histogram:  # all that a sum of scores tells
             found |= {"clients": sum(facts.histogram), "histogram": list(facts.histogram)}
+            found |= {"secure": [dict(one) for one in facts.secure]} if facts.secure else {}
             found["percentiles"] = dict(zip(map(str, _PERCENTILES), _quantiles(facts.histogram), strict=True))
             return {"federated": found}, facts
         accuracies = [accuracy for _, accuracy, _ in facts.accuracies]

@@ -173,7 +173,8 @@ class FederatedRun:
             **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,
             "engine_reason": self.assembly.engine.reason,
-            "strategy_replies": "one mean reply" if self.grid.mean else "one reply per client",
+            **({"secure_aggregation": self.assembly.secured.words(self.config.secagg)} if self.assembly.secured else {}),
+            "strategy_replies": self._replies(),
             "parameters": sum(parameter.numel() for parameter in self.assembly.model.parameters()),
             "trainable_parameters": self.assembly.layout.size,
             "model_bytes": model_bytes,
@@ -184,6 +185,11 @@ class FederatedRun:
         _write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.directory)
         return result
+
+    def _replies(self) -> str:
+        if self.config.secagg.shards > 1:
+            return f"one mean reply for each of {self.config.secagg.shards} shards"
+        return "one mean reply" if self.grid.mean else "one reply per client"
 
     def _dropped(self) -> int | None:
         """Clients that were drawn and gave nothing; None where that number is withheld."""
@@ -265,6 +271,8 @@ class FederatedRun:
 
 class SimulatedRun(FederatedRun):
     """A scenario on this machine's cores."""
+
+    grid: CohortGrid | SecureGrid
 
     def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
         super().__init__(config, directory, _cohort, resume=resume)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from flwr.serverapp.strategy import Strategy
 
-from fedcore.config import RunConfig
+from fedcore.config import RunConfig, SecAggConfig
 from fedcore.coordinator.privacy import Protection
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.data import FederatedData
@@ -27,6 +27,8 @@ from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import ScoreSum, UpdateSum, plan_update_sum
 from fedcore.secagg.trust import check_trust
 from fedcore.training.client import RoundTask
+
+_PATIENCE = 20.0  # seconds for which an operator is asked again before the round goes on without it
 
 __all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_committee"]
 
@@ -56,6 +58,33 @@ class Secured:
         expected = self.updates if trains else self.scores
         if expected is not None and task.release != expected:  # noise on updates is checked with the privacy that asks for it
             raise Refused("secure aggregation: the coordinator asks for another sum than the scenario's")
+
+    def words(self, config: SecAggConfig) -> dict[str, str | list[str]]:
+        """What protects the clients' contributions, what that assumes, and what it does not give."""
+        corrupt, survivors = self.policy.corrupt_clients, self.policy.minimum_survivors
+        if config.simulate == "arithmetic" and not config.operators:
+            how, committee = "Contributions were added unmasked, with the integers of the protocol: a simulation.", "none"
+        else:
+            how = "Every client masked what it sent; only the sum of those who uploaded was opened."
+            committee = f"{len(config.operators)} operators, as pinned by the trust bundle {config.trust}"
+        if not config.operators and config.simulate == "protocol":
+            committee = (
+                f"{config.members} members in this process, {config.threshold} of them needed: they separate no trust, whoever "
+                "runs the coordinator runs them"
+            )
+        return {
+            "how": how,
+            "committee": committee,
+            "assumed": [
+                f"At most {corrupt} of a sum's clients, whom the coordinator picks among all enrolled, are in league with it.",
+                f"A sum is opened over {survivors} clients or more.",
+                "The members of the committee do not exceed the declared number of corrupt ones.",
+            ],
+            "not_concluded": [
+                "The sum itself is seen: without noise on it, it tells something about a client, and two rounds' sums tell more.",
+                "A client can send anything: its part of a sum cannot be inspected, only clipped on the client.",
+            ],
+        }
 
     def wrap(self, inner: InnerGrid, layout: ParameterLayout, committee: Committee | None, name: str) -> SecureGrid:
         """A run's grid under secure aggregation; the task's name is new every time."""
@@ -132,7 +161,7 @@ def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
         raise Refused(f"secagg.operators: the trust bundle names {len(trust.member_keys)} members, got {len(one.operators)}")
     own = folder / one.credentials if one.credentials else None
     members = {
-        point: RemoteMember(point, address, fingerprint, trust, credentials=own)
+        point: RemoteMember(point, address, fingerprint, trust, credentials=own, patience=_PATIENCE)
         for point, (address, fingerprint) in enumerate(zip(one.operators, one.operator_fingerprints, strict=True), 1)
     }
     return Committee(trust, secured.policy, members)

@@ -39,7 +39,7 @@ def _voiding_client(one: PrivacyConfig, config: RunConfig, population: int, stra
     name, cohort = config.strategy.name, config.cohort.size or population
     if one.delta * population >= 1:
         yield f"privacy.delta = {one.delta:g} protects none of {population} clients; it must lie below {1 / population:.2g}"
-    if not accepts_mean(strategy):
+    if not accepts_mean(strategy) and config.secagg.shards == 1:  # sums of shards carry noise of their own
         yield (
             f"strategy.name {name} looks at clients one by one, which unit client forbids; it takes strategies that need only the "
             "mean: fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi with default metrics, or a class with accepts_mean = True"

@@ -72,7 +72,8 @@ class SecureGrid(ClientGrid):
     def __init__(self, inner: InnerGrid, layout: ParameterLayout, terms: Terms, committee: Committee | None, task: str) -> None:
         if committee is None and not inner.simulated:
             raise Refused('secagg.simulate = "arithmetic" would show the coordinator what real clients send; it is for simulations')
-        self.mean, self.place, self.simulated = terms.shards == 1, inner.place, inner.simulated
+        masked = f"masked, {len(committee.members)} committee members" if committee else "sums as of secure aggregation, unmasked"
+        self.mean, self.place, self.simulated = terms.shards == 1, f"{inner.place}; {masked}", inner.simulated
         self.blind = committee is not None
         self.observed = Facts()
         self.blamed: dict[str, str] = {}

@@ -41,6 +41,7 @@ from fedcore.report.charts import (
     thin,
 )
 from fedcore.report.privacy import privacy_cards, privacy_tiles, statements
+from fedcore.report.secure import secure_cards, secure_statements
 
 __all__ = ["render", "write_report"]
 
@@ -60,12 +61,14 @@ def write_report(directory: Path) -> Path:
     """
     run = read_run(directory)
     parts = {
-        "Learning": _learning(run), "Privacy": privacy_cards(run), "Clients": _clients(run), "Data": _data(run), "Cost": _cost(run),
+        "Learning": _learning(run), "Privacy": [*privacy_cards(run), *secure_cards(run)],
+        "Clients": _clients(run), "Data": _data(run), "Cost": _cost(run),
     }  # fmt: skip
     path = directory / "report.html"
     render(
         "report.html.j2", path,
-        run=run, subtitle=_subtitle(run), tiles=_tiles(run), statements=statements(run), withheld=_withheld(run),
+        run=run, subtitle=_subtitle(run), tiles=_tiles(run), statements=[*statements(run), *secure_statements(run)],
+        withheld=_withheld(run),
         sections=[(heading, cards) for heading, cards in parts.items() if cards],
         grouped=math.ceil(len(run.rounds) / POINTS), dropped=_dropped(run), settings=_settings(run.config), version=_version(run),
     )  # fmt: skip
@@ -329,7 +332,7 @@ def _bars(run: Run, rows: Sequence[tuple[float, ...]], labels: list[str], colors
 
 def _withheld(run: Run) -> bool:
     """Whether the page must not tell who took part."""
-    return run.config.unit_privacy("client") is not None
+    return run.config.unit_privacy("client") is not None or run.config.secagg.enabled
 
 
 def _dropped(run: Run) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,12 +18,13 @@ from fedcore.errors import Refused
 from fedcore.privacy.randomness import derive_key, keystream
 from fedcore.secagg.client import Client
 from fedcore.secagg.crypto import Ed25519Key, Signer
+from fedcore.secagg.keys import IDENTITY, read_message, read_public_key, read_signing_key
 from fedcore.secagg.messages import Certificate, Header, TrustBundle
 from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import Summation, header_numbers
-from fedcore.secagg.trust import blaming, issue_certificate
+from fedcore.secagg.trust import blaming, check_trust, issue_certificate
 
-__all__ = ["Participant", "Participants", "SimulatedParticipants", "Visit"]
+__all__ = ["Integers", "Participant", "Participants", "SimulatedParticipants", "Visit", "enrolled_participant"]
 
 Integers = npt.NDArray[np.unsignedinteger[Any]]
 _TEN_YEARS = 10 * 365 * 86400
@@ -79,6 +81,22 @@ class Participant:
 
     def _client(self, key: bytes) -> Client:
         return Client(self._identity, self._certificate, self._trust, self._policy, keystream(key))
+
+
+def enrolled_participant(directory: Path, policy: Policy) -> Participant:
+    """The client whose enrolment lies in a directory: ``identity.key``, ``certificate.json`` for it, and what it pins:
+    ``trust.json``, the trust bundle, with ``trust.pub``, the key that signs bundles.
+
+    Raises:
+        Refused: a file is missing, readable by others, or does not fit the others.
+    """
+    identity = read_signing_key(directory / f"{IDENTITY}.key")
+    certificate = read_message(directory / "certificate.json", Certificate)
+    trust = read_message(directory / "trust.json", TrustBundle)
+    check_trust(trust, read_public_key(directory / "trust.pub")[1])
+    if certificate.public_key != identity.public:
+        raise Refused(f"{directory / 'certificate.json'} is for another key than identity.key")
+    return Participant(identity, certificate, trust, policy)
 
 
 class SimulatedParticipants:

@@ -27,7 +27,7 @@ Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.uint32]
 LARGEST_LOSS = 16.0
 """A mean loss in nats is clipped to this before it is added up."""
-_LEAST = 16  # bits of an update's coordinate that an automatic width leaves
+_LEAST, _FEWEST = 16, 8  # bits of an update's coordinate: what an automatic width leaves, and what any must
 _BINS = 20  # of the histogram of clients' accuracies
 
 
@@ -79,9 +79,10 @@ class UpdateSum(_Table):
         _check_numbers(self)
         if not (math.isfinite(self.clip) and self.clip > 0):
             raise Refused(f"an update's coordinates are clipped to a positive number, got {self.clip}")
-        if self.coordinate_bits < 2:
+        if self.coordinate_bits < _FEWEST:
             raise Refused(
-                f"{self.bits} bits cannot hold the sum of {self.cohort} updates of weights up to {self.weight_cap}: use more bits"
+                f"{self.bits} bits leave {self.coordinate_bits} for a coordinate in the sum of {self.cohort} updates of weights up "
+                f"to {self.weight_cap}; it takes {_FEWEST}: use more bits"
             )
 
     @property

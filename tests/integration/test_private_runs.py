@@ -155,7 +155,7 @@ def test_the_run_ends_before_it_overspends_and_says_so(scenario, tmp_path):
     assert result["privacy"]["example"]["epsilon"] <= 8.0
     assert "8" in result["ended"]
     page = (out / "report.html").read_text()
-    assert "What the privacy numbers mean" in page
+    assert "What protects clients, and what it assumes" in page
     assert "ended by the budget" in page
     again = fedcore("simulate", path, "--out", out, "--set", "run.rounds=50", "--resume")
     assert again.returncode == 0, again.stderr

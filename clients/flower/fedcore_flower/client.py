@@ -9,12 +9,14 @@ from __future__ import annotations
 from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
-from fedcore.coordinator.assembly import assemble, build_clients
-from fedcore.errors import Refused
+from fedcore.coordinator.assembly import Assembly, assemble, build_clients
+from fedcore.errors import ClientFailure, Refused
 from fedcore.flower import only_record
 from fedcore.grids.cohort import CohortGrid
+from fedcore.grids.protocol import check_in_reply, visit_of, without_protocol
 from fedcore.grids.superlink import identity_content
 from fedcore.training.client import RoundTask
+from fedcore_flower.participant import NodeParticipants
 from fedcore_flower.scenario import load_scenario
 
 __all__ = ["app"]
@@ -23,22 +25,43 @@ app = ClientApp()
 
 
 @app.query()
-def identify(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
-    return Message(identity_content(_client(context)), reply_to=message)
+def answer(message: Message, context: Context) -> Message:
+    """Say which client this node is, or check in for a round of secure aggregation."""
+    visit = visit_of(message)
+    if visit is None:
+        return Message(identity_content(_client(context)), reply_to=message)
+    assembly = assemble(load_scenario(context))
+    return check_in_reply(message, _participants(assembly, context).check_in(_client(context), visit))
 
 
 @app.train()
 @app.evaluate()
 def work(message: Message, context: Context) -> Message:
-    """Do what a simulated client does, as a cohort of one: receive Q(master), train or evaluate, reply update and metrics."""
+    """Do what a simulated client does, as a cohort of one: receive Q(master), train or evaluate, reply update and metrics.
+
+    Under secure aggregation the reply is its masked contribution, and nothing else.
+    """
     assembly = assemble(load_scenario(context))
-    task = RoundTask.from_table(only_record(message, ConfigRecord))
-    assembly.protection.check_task(task, trains=message.metadata.message_type == MessageType.TRAIN)
-    clients, released = build_clients(assembly, real=True), assembly.protection.released
-    cohort = CohortGrid(clients, assembly.layout, mean=False, workers=1, updates=True, released=released)
-    (reply,) = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])
-    return Message(reply.content, reply_to=message)
+    trains = message.metadata.message_type == MessageType.TRAIN
+    task = RoundTask.from_table(only_record(without_protocol(message), ConfigRecord))
+    assembly.protection.check_task(task, trains=trains)
+    if assembly.secured:
+        assembly.secured.check_task(task, trains=trains, invited=visit_of(message) is not None)
+    size = max(assembly.protection.released, assembly.secured.largest if assembly.secured else 0)
+    cohort = CohortGrid(
+        build_clients(assembly, real=True), assembly.layout, mean=False, workers=1, updates=True, released=size,
+        participants=_participants(assembly, context) if assembly.secured else None,
+    )  # fmt: skip
+    replies = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])
+    if not replies:
+        raise ClientFailure("; ".join(reason for _, reason in cohort.observed.dropped))
+    return Message(replies[0].content, reply_to=message)
+
+
+def _participants(assembly: Assembly, context: Context) -> NodeParticipants:
+    if assembly.secured is None:
+        raise Refused("secure aggregation: this node's scenario lacks [secagg] enabled = true")
+    return NodeParticipants(context, assembly.secured.policy)
 
 
 def _client(context: Context) -> int:

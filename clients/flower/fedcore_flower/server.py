@@ -10,8 +10,10 @@ from rich.console import Console
 
 from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.run import FederatedRun, next_directory
+from fedcore.coordinator.secure import trusted_committee
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.display import follow
+from fedcore.grids.secure import SecureGrid
 from fedcore.grids.superlink import SuperLinkGrid
 from fedcore_flower.scenario import load_scenario
 
@@ -27,9 +29,11 @@ def main(grid: Grid, context: Context) -> None:
     out = str(settings["out"])
     directory = Path(out) if out else next_directory(Path("runs"), config.run.name)
 
-    def connect(assembly: Assembly) -> SuperLinkGrid:
+    def connect(assembly: Assembly) -> SuperLinkGrid | SecureGrid:
+        committee = trusted_committee(assembly.config, assembly.secured) if assembly.secured else None
         clients, mean = len(assembly.data.clients), accepts_mean(assembly.strategy)
-        return SuperLinkGrid(grid, clients, assembly.layout, mean=mean, wait=float(settings["wait"]))
+        nodes = SuperLinkGrid(grid, clients, assembly.layout, mean=mean, wait=float(settings["wait"]))
+        return assembly.secured.wrap(nodes, assembly.layout, committee, config.run.name) if assembly.secured else nodes
 
     with FederatedRun(config, directory, connect, resume=bool(settings["resume"])) as run:
         follow(run, Console(width=200), as_json=False)

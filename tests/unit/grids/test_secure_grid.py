@@ -1,0 +1,288 @@
+"""SecureGrid around simulated clients: committees that fail, clients and transports that lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+
+from fedcore.config import parse_config
+from fedcore.coordinator.assembly import assemble, build_clients
+from fedcore.coordinator.secure import simulated_trust
+from fedcore.errors import Refused, RoundFailed, TryAgain
+from fedcore.flower import facts_of, from_record, to_record
+from fedcore.grids.cohort import CohortGrid
+from fedcore.grids.protocol import check_in_of, visit_of
+from fedcore.secagg.messages import CheckIn
+from fedcore.training.client import RoundTask
+from fedcore.training.plan import LocalPlan
+
+COMMITTEE = {"members": 4, "threshold": 3, "corrupt_members": 1}
+SCENARIO = {
+    "run": {"name": "grid"},
+    "data": {"dataset": "digits", "clients": 6, "partition": "iid", "holdout": 0.2},
+    "model": {"name": "mlp"},
+    "secagg": {"enabled": True, "minimum_survivors": 3, **COMMITTEE},
+    "evaluation": {"federated_every": 1},
+}
+
+
+class Transport:
+    """Hands messages to simulated clients; ``spoil`` may change each reply, or lose it with None."""
+
+    def __init__(self, inner, spoil):
+        self.inner, self.spoil, self.sent = inner, spoil, []
+        self.place, self.simulated = inner.place, inner.simulated
+
+    def __getattr__(self, name):
+        return getattr(self.inner, name)
+
+    @property
+    def nodes(self):
+        return self.inner.nodes
+
+    @nodes.setter
+    def nodes(self, value):
+        self.inner.nodes = value
+
+    def send_and_receive(self, messages, *, timeout=None):
+        sent = list(messages)
+        self.sent += sent
+        replies = [self.spoil(reply) for reply in self.inner.send_and_receive(sent, timeout=timeout)]
+        return [reply for reply in replies if reply is not None]
+
+
+class Bench:
+    def __init__(self, spoil=lambda reply: reply, **secagg):
+        config = parse_config({**SCENARIO, "secagg": {**SCENARIO["secagg"], **secagg}}, "test", None)
+        assembly = assemble(config)
+        self.secured, self.layout = assembly.secured, assembly.layout
+        trust = simulated_trust(config, assembly.secured)
+        self.members = trust.committee.members if trust else {}
+        inner = CohortGrid(
+            build_clients(assembly), self.layout, mean=True, workers=1, released=self.secured.largest,
+            participants=trust.participants if trust else None,
+        )  # fmt: skip
+        self.transport = Transport(inner, spoil)
+        self.grid = self.secured.wrap(self.transport, self.layout, trust.committee if trust else None, "grid")
+        self.master = self.layout.join({name: p.detach().numpy() for name, p in assembly.model.named_parameters()})
+
+    def messages(self, kind=MessageType.TRAIN, **changes):
+        release = self.secured.updates if kind == MessageType.TRAIN else self.secured.scores
+        task = dataclasses.replace(RoundTask(1, LocalPlan(1, 8, 0.1), 100.0, release=release), **changes)
+        content = RecordDict({"arrays": to_record(self.layout, self.master), "config": ConfigRecord(task.to_table())})
+        return [Message(content, client, kind) for client in range(6)]
+
+    def run(self, kind=MessageType.TRAIN, **changes):
+        """The one reply's facts, and the model in it where it has one."""
+        (reply,) = self.grid.send_and_receive(self.messages(kind, **changes))
+        arrays = [from_record(self.layout, record) for record in reply.content.array_records.values()]
+        return facts_of(reply), arrays[0] if arrays else reply.content
+
+
+def failing(member, step, error):
+    """Let a member fail at one step, as an operator's whose machine is down."""
+
+    def fail(request):
+        raise error
+
+    setattr(member, step, fail)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """The model of a round that nothing disturbs."""
+    return Bench().run()[1]
+
+
+@pytest.mark.parametrize("step", ["offer", "approve", "screen", "certify", "release"])
+@pytest.mark.parametrize("error", [TryAgain("it is down"), Refused("it thinks otherwise")], ids=["down", "refuses"])
+def test_a_member_that_fails_costs_nothing_while_enough_others_answer(expected, step, error):
+    bench = Bench()
+    failing(bench.members[2], step, error)
+    facts, model = bench.run()
+    assert np.array_equal(model, expected)
+    (told,) = facts.secure
+    assert told["members"] == ([1, 3, 4] if step == "offer" else [1, 2, 3, 4])
+    assert told["survivors"] == 6
+    if step != "approve":  # whose attempt is forgotten with its number
+        assert list(told["silent"]) == ["2"]
+    numbers = {visit_of(message).epoch for message in bench.transport.sent}
+    assert numbers == ({1, 2} if step == "approve" else {1})
+
+
+def test_too_few_members_lose_the_round_and_nothing_else(expected):
+    bench = Bench()
+    saved = [bench.members[a].certify for a in (1, 2)]
+    for a in (1, 2):
+        failing(bench.members[a], "certify", TryAgain("it is down"))
+    with pytest.raises(RoundFailed, match="2 members certified the survivors; 3 are needed"):
+        bench.run()
+    for a, back in zip((1, 2), saved, strict=True):
+        bench.members[a].certify = back
+    assert np.array_equal(bench.run()[1], expected)
+    for a in (1, 2):
+        failing(bench.members[a], "offer", TryAgain("it is down"))
+    with pytest.raises(RoundFailed, match="2 of 4 committee members answer, 3 are needed: member 1: it is down"):
+        bench.run()
+
+
+def swapped(reply, content):
+    return Message(content, reply_to=reply_source(reply))
+
+
+def reply_source(reply):
+    """A message to which ``reply`` could be the answer."""
+    return Message(RecordDict(), reply.metadata.src_node_id, MessageType.TRAIN)
+
+
+def of_client(client, change):
+    """Change what one client replies to its work, and leave the rest."""
+
+    def spoil(reply):
+        if reply.metadata.src_node_id != client or "upload" not in reply.content.array_records:
+            return reply
+        return change(reply)
+
+    return spoil
+
+
+def other_bytes(change):
+    def spoil(reply):
+        data = bytearray(reply.content.array_records["upload"]["upload"].numpy().tobytes())
+        data = change(data)
+        record = ArrayRecord({"upload": Array(np.frombuffer(bytes(data), np.uint8))})
+        return swapped(reply, RecordDict({**reply.content, "upload": record}))
+
+    return spoil
+
+
+def flipped(place):
+    def change(data):
+        data[place] ^= 1
+        return data
+
+    return other_bytes(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda reply: None, "no upload"),
+        (flipped(-1), "vector is not the one that it signed"),
+        (flipped(200), ""),
+        (other_bytes(lambda data: data[:-2]), "bytes"),
+        (other_bytes(lambda data: b""), ""),
+        (lambda reply: swapped(reply, RecordDict()), "holds no upload"),
+        (
+            lambda reply: swapped(
+                reply, RecordDict({**reply.content, "upload": ArrayRecord({"upload": Array(np.zeros(9, np.float32))})})
+            ),
+            "holds no upload",
+        ),
+    ],
+    ids=["lost", "vector", "head", "short", "empty", "nothing", "floats"],
+)
+def test_a_client_that_sends_something_else_is_left_out_by_name(change, reason):
+    bench = Bench(of_client(4, change))
+    facts, model = bench.run()
+    assert facts.survivors == 5
+    ((client, told),) = bench.grid.observed.dropped
+    assert client == 4
+    assert reason in told
+    assert np.isfinite(model).all()
+    without = Bench(of_client(4, lambda reply: None)).run()[1]
+    assert np.array_equal(model, without)
+
+
+def test_a_check_in_that_another_sent_already_is_no_second_client():
+    seen = {}
+
+    def spoil(reply):
+        record = reply.content.config_records.get("secagg")
+        if record is None or "check-in" not in record:
+            return reply
+        seen[reply.metadata.src_node_id] = record
+        if reply.metadata.src_node_id == 3:
+            return swapped(reply, RecordDict({"secagg": seen[0]}))
+        return reply
+
+    bench = Bench(spoil)
+    facts, _ = bench.run()
+    assert facts.survivors == 5
+    assert [client for client, _ in bench.grid.observed.dropped] == [3]
+    assert "has checked in already" in bench.grid.observed.dropped[0][1]
+
+
+def test_a_client_that_dealt_false_shares_is_not_asked_again():
+    bench = Bench()
+    bench.run()
+    (reply,) = bench.transport.inner.send_and_receive(bench.transport.sent[:1])
+    name = CheckIn.decode(check_in_of(reply)).certificate.name
+    bench.grid.blamed[f"client 0 ({name})"] = "it dealt shares of something else than it committed to"
+    facts, _ = bench.run()
+    assert facts.survivors == 5
+    assert "dealt false shares before" in bench.grid.observed.dropped[0][1]
+
+
+def test_work_that_differs_from_the_plan_is_refused_by_the_clients():
+    """A transport that shows a client another model than the committee approved gets nothing from it."""
+    bench = Bench()
+    original = bench.transport.inner.send_and_receive
+
+    def tampering(messages, *, timeout=None):
+        changed = []
+        for message in messages:
+            content = dict(message.content)
+            if "arrays" in content:
+                content["arrays"] = to_record(bench.layout, (bench.master + np.float32(0.125)).astype(np.float32))
+            changed.append(Message(RecordDict(content), message.metadata.dst_node_id, message.metadata.message_type))
+        return original(changed, timeout=timeout)
+
+    bench.transport.inner.send_and_receive = tampering
+    with pytest.raises(RoundFailed, match="given up"):
+        bench.run()
+    assert all("another model" in reason or reason == "no upload" for _, reason in bench.grid.observed.dropped)
+    assert any("another model" in reason for _, reason in bench.grid.observed.dropped)
+
+
+def test_scores_are_summed_too():
+    facts, content = Bench().run(MessageType.EVALUATE)
+    plain, openly = Bench(simulate="arithmetic", members=3, threshold=3, corrupt_members=2).run(MessageType.EVALUATE)
+    assert facts.histogram == plain.histogram
+    assert dict(content["metrics"]) == dict(openly["metrics"])
+    assert sum(facts.histogram) == facts.survivors == 6
+    assert facts.accuracies == ()
+
+
+def test_replies_name_nobody():
+    (reply,) = Bench().grid.send_and_receive(Bench().messages())
+    facts = json.loads(str(reply.content.config_records["fedcore-facts"]["json"]))
+    assert (facts["clients"], facts["dropped"], facts["accuracies"]) == ([], [], [])
+
+
+def test_work_without_a_sum_is_refused():
+    with pytest.raises(Refused, match="adds up integers"):
+        Bench().run(release=None)
+    bench = Bench()
+    bench.transport.simulated = False
+    with pytest.raises(Refused, match="it is for simulations"):
+        bench.secured.wrap(bench.transport, bench.layout, None, "real")
+
+
+def test_two_rounds_share_no_mask():
+    """The same work twice: what clients send differs in every word that matters, the sum in none."""
+    uploads = []
+
+    def keep(reply):
+        if "upload" in reply.content.array_records and reply.metadata.src_node_id == 0:
+            uploads.append(reply.content.array_records["upload"]["upload"].numpy()[-4000:].view("<u4").copy())
+        return reply
+
+    bench = Bench(keep)
+    first, second = bench.run()[1], bench.run()[1]
+    assert np.array_equal(first, second)
+    assert (uploads[0] == uploads[1]).mean() < 0.01

@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
 	# torch first and by its exact series: an open range would pull a build with gigabytes of CUDA.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.*"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[server,data,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[server,data,native,dev]"
 	touch $@
 
 demo: $(READY) ## Federate the digits data set: one to three minutes

@@ -252,7 +252,7 @@ class EngineConfig:
     """[engine]"""
 
     name: str = _key("auto", "local training engine; auto decides by device and model, and is recorded",
-                     choices=("auto", "loop", "vmap"))  # fmt: skip
+                     choices=("auto", "native", "loop", "vmap"))  # fmt: skip
     device: str = _key("auto", "where local training runs", choices=("auto", "cpu", "cuda"))
     workers: int = _key(0, "worker processes; 0 = one per core. Results do not depend on it", low=0, high=1024)
 

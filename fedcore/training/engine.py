@@ -9,6 +9,7 @@ from torch import nn
 
 from fedcore.config import EngineConfig
 from fedcore.errors import Refused
+from fedcore.native.trainer import NativeTrainer, prepare
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import LocalTrainer
 from fedcore.training.vmap import VmapTrainer
@@ -25,8 +26,11 @@ class Engine:
     reason: str
 
 
-def choose_engine(config: EngineConfig, model: nn.Module) -> Engine:
-    """Apply the rule: a GPU trains many clients at once unless the model draws random numbers; a CPU trains one by one.
+def choose_engine(config: EngineConfig, model: nn.Module, input_shape: tuple[int, ...] | None = None) -> Engine:
+    """Apply the rule: a GPU trains many clients at once unless the model draws random numbers; a CPU runs a trainer compiled for
+    the model where one can be had, else the loop.
+
+    ``input_shape``, that of one example, is what a compiled trainer needs; its first use takes some seconds to compile.
 
     Raises:
         Refused: the device or engine asked for cannot do it.
@@ -37,13 +41,34 @@ def choose_engine(config: EngineConfig, model: nn.Module) -> Engine:
     random_layer = next((name for name, layer in model.named_modules() if isinstance(layer, nn.modules.dropout._DropoutNd)), None)
     if config.name == "vmap" and random_layer is not None:
         raise Refused(f'engine.name = "vmap": layer {random_layer} draws random numbers, which differ between engines; use "loop"')
-    ruled = _rule(device, random_layer)
-    return ruled if config.name in ("auto", ruled.name) else Engine(config.name, device, "named in the scenario")
+    if config.name == "native":
+        return _named_native(config, model, input_shape)
+    if config.name == "auto":
+        return _rule(device, random_layer, model, input_shape)
+    ruled = _rule(device, random_layer, model, None)
+    return ruled if config.name == ruled.name else Engine(config.name, device, "named in the scenario")
 
 
-def _rule(device: str, random_layer: str | None) -> Engine:
+def _named_native(config: EngineConfig, model: nn.Module, input_shape: tuple[int, ...] | None) -> Engine:
+    if config.device == "cuda":
+        raise Refused('engine.name = "native" computes on the CPU; set engine.device = "cpu"')
+    if input_shape is None:
+        raise Refused('engine.name = "native": the shape of the examples is not known here; use "loop"')
+    try:
+        return Engine("native", "cpu", f"named in the scenario; compiled for {prepare(model, input_shape)}")
+    except Refused as error:
+        raise Refused(f'engine.name = "native": {error}; use "loop" or "auto"') from error
+
+
+def _rule(device: str, random_layer: str | None, model: nn.Module, input_shape: tuple[int, ...] | None) -> Engine:
     if device == "cpu":
-        return Engine("loop", device, "cpu: one client at a time, one torch thread per worker")
+        loop = "cpu: one client at a time, one torch thread per worker"
+        if input_shape is None:
+            return Engine("loop", device, loop)
+        try:
+            return Engine("native", device, f"cpu: compiled for the model and {prepare(model, input_shape)}")
+        except Refused as error:
+            return Engine("loop", device, f"{loop}; not compiled: {error}")
     if random_layer is not None:
         return Engine("loop", device, f"cuda, but layer {random_layer} draws random numbers")
     return Engine("vmap", device, "cuda: many clients at once")
@@ -51,4 +76,6 @@ def _rule(device: str, random_layer: str | None) -> Engine:
 
 def make_trainer(engine: Engine, model: nn.Module) -> LocalTrainer:
     """The trainer of an engine around ``model``, which must be on the engine's device."""
+    if engine.name == "native":
+        return NativeTrainer(model)
     return VmapTrainer(model) if engine.name == "vmap" else LoopTrainer(model)

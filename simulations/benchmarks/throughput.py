@@ -70,7 +70,7 @@ def assembly(config: RunConfig, clients: int) -> Assembly:
     model = build_model(
         config.model, quantized=config.quantization.enabled, input_shape=SHAPE, classes=CLASSES, seed=0, folder=config.folder
     )  # fmt: skip
-    return Assembly(config, data, model, choose_engine(config.engine, model), build_strategy(config))
+    return Assembly(config, data, model, choose_engine(config.engine, model, SHAPE), build_strategy(config))
 
 
 @contextmanager
@@ -225,7 +225,7 @@ def main() -> None:
     parser.add_argument("--model", choices=("cnn", "mlp", "lenet", "dscnn"), default="cnn")
     parser.add_argument("--qat", action="store_true", help="train quantization-aware and send int8 weights")
     parser.add_argument("--dp", action="store_true", help="DP-SGD in one process, beside Opacus's loop instead of the plain one")
-    parser.add_argument("--engine", choices=("auto", "loop", "vmap"), default="auto")
+    parser.add_argument("--engine", choices=("auto", "native", "loop", "vmap"), default="auto")
     parser.add_argument("--clients", type=int, default=100, help="clients a round (memory must not grow with it)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured of each; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

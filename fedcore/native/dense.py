@@ -1,0 +1,216 @@
+"""Kernels of fully connected layers, on a batch's rows: weights [outputs, inputs], inputs in the lanes.
+
+Forward each output is a vector of partial sums, added up by a tree that transposes; the other two products need no such sum. The
+optimizer's step is part of the weight gradient: a weight is read and written once for a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fedcore.native.blocks import LANES, Linear
+from fedcore.native.tiles import Target, balanced, finish, function, live
+
+__all__ = ["dense_finish", "dense_forward", "dense_input_gradient", "dense_masked", "dense_update"]
+
+_ROWS = (10, 4, 1)  # rows of a tile
+
+
+def _by_rows(name: str, arguments: str, call: str, advance: str, rows: int) -> str:
+    """Split a batch's rows among the kernels ``name_P``: the split with the least cost for every number of rows."""
+    best: list[tuple[float, int]] = [(0.0, 0)]
+    for n in range(1, rows + 1):
+        best.append(min((best[n - p][0] + max(p, 4) + 1.0, p) for p in _ROWS if p <= n))
+    table = ", ".join(str(p) for _, p in best)
+    body = [f"static const uint8_t part[] = {{{table}}};", "while (rows > 0) {", "const long p = part[rows];", "switch (p) {"]
+    body += [f"case {p}: {name}_{p}({call}); break;" for p in _ROWS if p <= rows]
+    body += ["}", advance, "rows -= p;", "}"]
+    return function(f"{name}({arguments}, long rows)", body)
+
+
+def dense_forward(name: str, block: Linear, target: Target, rows: int) -> str:
+    """``name(x, w, y, rows)``: y [rows, outputs] without bias."""
+    kernels = [_forward_rows(f"{name}_{p}", block, target, p) for p in _ROWS if p <= rows]
+    arguments = "const real *restrict x, const real *restrict w, real *restrict y"
+    advance = f"x += p * {block.source.size}; y += p * {block.target.size};"
+    return "\n".join([*kernels, _by_rows(name, arguments, "x, w, y", advance, rows)])
+
+
+def _forward_rows(head: str, block: Linear, target: Target, rows: int) -> str:
+    outputs = block.layer.shape[0]
+    most = max(1, min(outputs, 8, (20 if target.accumulators > 8 else target.accumulators) // rows))
+    body, at = [], 0
+    if rows > target.accumulators:
+        return _forward_split(head, block, target, rows)
+    for wide, repeat in [(size, balanced(outputs, most).count(size)) for size in sorted({*balanced(outputs, most)}, reverse=True)]:
+        each = [(b, c) for b in range(rows) for c in range(wide)]
+        body.append(f"for (long o = {at}; o < {at + wide * repeat}; o += {wide}) {{")
+        body += [f"V16 a{b}_{c} = (V16){{0}};" for b, c in each]
+        body.append(f"const real *v = w + o * {block.inputs}; real *z = y + o;")
+        body.append(f"for (long i = 0; i < {block.inputs}; i += {LANES}) {{")
+        body += [f"    V16 w{c} = load16(v + i + {c * block.inputs});" for c in range(wide)]
+        for b in range(rows):
+            body.append(f"    V16 x{b} = load16(x + i + {b * block.source.size});")
+            body += [f"    a{b}_{c} = a{b}_{c} + w{c} * x{b};" for c in range(wide)]
+        body.append("}")
+        sums = [(f"a{b}_{c}", f"z[{b * block.target.size + c}]") for b, c in each]
+        for first in range(0, len(sums), LANES):
+            body += ["{", *_tree(sums[first : first + LANES]), "}"]
+        body.append("}")
+        at += wide * repeat
+    return function(f"{head}(const real *restrict x, const real *restrict w, real *restrict y)", body)
+
+
+def _forward_split(head: str, block: Linear, target: Target, rows: int) -> str:
+    """Few registers: the rows one part after the other."""
+    parts, kernels, body, at = balanced(rows, max(1, target.accumulators // 2)), [], [], 0
+    for size in parts:
+        kernels.append(_forward_rows(f"{head}_{size}", block, target, size))
+        body.append(f"{head}_{size}(x + {at * block.source.size}, w, y + {at * block.target.size});")
+        at += size
+    arguments = "const real *restrict x, const real *restrict w, real *restrict y"
+    return "\n".join([*dict.fromkeys(kernels), function(f"{head}({arguments})", body)])
+
+
+def _tree(sums: list[tuple[str, str]]) -> Iterator[str]:
+    """Lane sums of up to 16 vectors, stored: each in the order of ``sum16``, two vectors becoming one at every level."""
+    level = [(name, [to]) for name, to in sums]
+    width, number = LANES, 0
+    while width > 1:
+        half, merged = width // 2, []
+        for first in range(0, len(level), 2):
+            a, b = level[first], level[first + 1] if first + 1 < len(level) else None
+            count = LANES // width
+            low = [s * width + i for s in range(count) for i in range(half)]
+            high = [lane + half for lane in low]
+            other = [lane + LANES for lane in low] if b else [-1] * len(low)
+            above = [lane + half for lane in other] if b else other
+            right = b[0] if b else a[0]
+            yield f"V16 t{number} = {_shuffle(a[0], right, low + other)} + {_shuffle(a[0], right, high + above)};"
+            slots = a[1] + [""] * (count - len(a[1])) + (b[1] if b else [])
+            merged.append((f"t{number}", slots))
+            number += 1
+        level, width = merged, half
+    for name, slots in level:
+        yield from (f"{to} = {name}[{lane}];" for lane, to in enumerate(slots) if to)
+
+
+def _shuffle(a: str, b: str, lanes: list[int]) -> str:
+    return f"__builtin_shufflevector({a}, {b}, {', '.join(map(str, lanes))})"
+
+
+def dense_finish(name: str, block: Linear) -> str:
+    """``name(y, bias, mark, range, rows)``: bias, activation and rounding, in place."""
+    body = [f"for (long b = 0; b < rows; b++, y += {block.target.size}, mark += {block.target.size})"]
+    body.append(f"for (long v = 0; v < {block.target.depth}; v += {LANES}) {{")
+    body.append("V16 z = load16(y + v)" + (" + load16(bias + v);" if block.bias else ";"))
+    body += finish(block, LANES, "z", "(I16){0}", "y + v", "mark + v")
+    head = f"{name}(real *restrict y, const real *restrict bias, uint8_t *restrict mark, const Range *range, long rows)"
+    return function(head, [*body, "}"])
+
+
+def dense_masked(name: str, block: Linear) -> str:
+    """``name(d, out, mark, gb, rows)``: masks d in place and adds the bias's gradient to gb."""
+    size = block.target.size
+    body = [f"for (long v = 0; v < {block.target.depth}; v += {LANES}) {{"]
+    if block.bias:
+        body.append("V16 sum = load16(gb + v);")
+    body.append("for (long b = 0; b < rows; b++) {")
+    at = f"b * {size} + v"
+    body.append(f"V16 g = {live(block, LANES, f'load16(d + {at})', f'out + {at}', f'mark + {at}')};")
+    body.append(f"store16(d + {at}, g);")
+    if block.bias:
+        body.append("sum = sum + g;")
+    body.append("}")
+    if block.bias:
+        body.append("store16(gb + v, sum);")
+    head = "real *restrict d, const real *restrict out, const uint8_t *restrict mark, real *restrict gb, long rows"
+    return function(f"{name}({head})", [*body, "}"])
+
+
+def dense_input_gradient(name: str, block: Linear, target: Target, rows: int) -> str:
+    """``name(d, w, dx, rows)``: dx [rows, inputs]."""
+    arguments = "const real *restrict d, const real *restrict w, real *restrict dx"
+    kernels = [_backward_rows(f"{name}_{p}", block, target, p) for p in _ROWS if p <= rows]
+    advance = f"d += p * {block.target.size}; dx += p * {block.source.size};"
+    return "\n".join([*kernels, _by_rows(name, arguments, "d, w, dx", advance, rows)])
+
+
+def _backward_rows(head: str, block: Linear, target: Target, rows: int) -> str:
+    body, first = [], 0
+    for part in balanced(rows, target.accumulators):
+        wide = max(1, min(4, target.accumulators // part))
+        vectors, at = block.inputs // LANES, 0
+        sizes = balanced(vectors, wide)
+        for size in sorted(set(sizes), reverse=True):
+            each = [(b, c) for b in range(part) for c in range(size)]
+            end = at + sizes.count(size) * size * LANES
+            body.append(f"for (long i = {at}; i < {end}; i += {size * LANES}) {{")
+            body += [f"V16 a{b}_{c} = (V16){{0}};" for b, c in each]
+            body.append(f"const real *v = w + i, *g = d + {first * block.target.size};")
+            body.append(f"for (long o = 0; o < {block.layer.shape[0]}; o++, v += {block.inputs}, g++) {{")
+            body += [f"    V16 w{c} = load16(v + {c * LANES});" for c in range(size)]
+            for b in range(part):
+                body.append(f"    real s{b} = g[{b * block.target.size}];")
+                body += [f"    a{b}_{c} = a{b}_{c} + w{c} * s{b};" for c in range(size)]
+            body.append("}")
+            body += [f"store16(dx + i + {(first + b) * block.source.size + c * LANES}, a{b}_{c});" for b, c in each]
+            body.append("}")
+            at = end
+        first += part
+    return function(f"{head}(const real *restrict d, const real *restrict w, real *restrict dx)", body)
+
+
+def dense_update(name: str, block: Linear, target: Target) -> str:
+    """``name(d, x, w, start, velocity, g, rule, rows, first, last)``: the weight gradient of a batch's rows and the step.
+
+    A batch that comes in several parts is summed in g: ``first`` begins it, ``last`` makes the step.
+    """
+    vectors, outputs = block.inputs // LANES, block.layer.shape[0]
+    wide = max(balanced(vectors, 3 if target.accumulators > 8 else 2))
+    tall = max(balanced(outputs, max(1, min(8, target.accumulators // wide))))
+    kernels, body, down = [], [], 0
+    rows = balanced(outputs, tall)
+    for size in sorted(set(rows), reverse=True):
+        repeat, across = rows.count(size), 0
+        columns = balanced(vectors, wide)
+        body.append(f"for (long o = {down}; o < {down + size * repeat}; o += {size}) {{")
+        for width in sorted(set(columns), reverse=True):
+            end = across + columns.count(width) * width * LANES
+            kernels.append(_update_tile(f"{name}_{size}x{width}", block, size, width))
+            body.append(f"for (long i = {across}; i < {end}; i += {width * LANES}) {{")
+            body.append(f"const long at = o * {block.inputs} + i;")
+            body.append(f"{name}_{size}x{width}(d + o, x + i, w + at, start + at, velocity + at, g + at, rule, rows, first, last);")
+            body.append("}")
+            across = end
+        body.append("}")
+        down += size * repeat
+    return "\n".join([*dict.fromkeys(kernels), function(f"{name}({_UPDATE})", body)])
+
+
+_UPDATE = (
+    "const real *restrict d, const real *restrict x, real *restrict w, const real *restrict start, real *restrict velocity, "
+    "real *restrict g, const Rule *rule, long rows, int first, int last"
+)
+
+
+def _update_tile(head: str, block: Linear, tall: int, wide: int) -> str:
+    each = [(o, c, o * block.inputs + c * LANES) for o in range(tall) for c in range(wide)]
+    body = [f"V16 a{o}_{c} = (V16){{0}};" for o, c, _ in each]
+    body.append("if (!first) {")
+    body += [f"a{o}_{c} = load16(g + {at});" for o, c, at in each]
+    body.append("}")
+    body.append(f"for (long b = 0; b < rows; b++, d += {block.target.size}, x += {block.source.size}) {{")
+    body += [f"    V16 x{c} = load16(x + {c * LANES});" for c in range(wide)]
+    for o in range(tall):
+        body.append(f"    real s{o} = d[{o}];")
+        body += [f"    a{o}_{c} = a{o}_{c} + x{c} * s{o};" for c in range(wide)]
+    body.append("}")
+    body.append("if (!last) {")
+    body += [f"store16(g + {at}, a{o}_{c});" for o, c, at in each]
+    body.append("} else if (rule->plain) {")
+    body += [f"plain16(w + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body.append("} else {")
+    body += [f"step16(w + {at}, start + {at}, velocity + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body.append("}")
+    return function(f"{head}({_UPDATE})", body)

@@ -1,0 +1,259 @@
+"""The whole trainer as one C source: a client's local training in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedcore.native import dense, forward, gradients, plain
+from fedcore.native.blocks import Block, Blocks, Conv, Depthwise, Linear, Pointwise, Pooling
+from fedcore.native.memory import Memory
+from fedcore.native.tiles import Target, marks
+
+__all__ = ["source"]
+
+
+def source(blocks: Blocks, memory: Memory, target: Target) -> str:
+    """C99 with the vector extensions of GCC and Clang; with -DDOUBLE it computes in double precision."""
+    writer = _Writer(blocks, memory, target)
+    prelude = Path(__file__).with_name("prelude.c").read_text(encoding="utf-8")
+    return "\n".join([prelude, *writer.kernels(), writer.part(), writer.begin_batch(), writer.train()])
+
+
+class _Writer:
+    """Kernels of every block, and the functions that call them in order."""
+
+    def __init__(self, blocks: Blocks, memory: Memory, target: Target) -> None:
+        self.blocks, self.memory, self.target = blocks, memory, target
+        self.linear_weights = {b.weight.name for b in blocks.blocks if isinstance(b, Linear)}
+
+    def kernels(self) -> Iterator[str]:
+        """Definitions of all kernels."""
+        yield plain.gather("gather", self.blocks.input)
+        for i, block in enumerate(self.blocks.blocks):
+            yield from self._kernels(i, block)
+        yield plain.loss("loss", self.blocks.network.classes)
+        small = [p for p in self.blocks.parameters if p.trainable and p.name not in self.linear_weights]
+        yield plain.small_steps("small_steps", plain.merged(small))
+        yield plain.travel(self.blocks.parameters)
+
+    def _kernels(self, i: int, block: Block) -> Iterator[str]:
+        if isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded:
+            yield plain.round_weights(f"grid{i}", block)
+        if isinstance(block, Conv) and not block.by_tap:
+            yield plain.transposed(f"transposed{i}", block)
+        yield self._forward_kernel(f"forward{i}", block)
+        if isinstance(block, Linear):
+            yield dense.dense_finish(f"finish{i}", block)
+            yield dense.dense_masked(f"masked{i}", block)
+        elif i >= self.blocks.first:
+            biased = isinstance(block, (Conv, Depthwise)) and block.bias is not None
+            yield gradients.masked_gradient(f"masked{i}", block, biased)
+        if self._learns(i, block):
+            yield self._weight_kernel(i, block)
+        if i > self.blocks.first:
+            yield self._input_kernel(f"input{i}", block)
+
+    def _forward_kernel(self, name: str, block: Block) -> str:
+        match block:
+            case Linear():
+                return dense.dense_forward(name, block, self.target, self.memory.rows)
+            case Conv():
+                return forward.conv_forward(name, block, self.target)
+            case Depthwise():
+                return forward.depthwise_forward(name, block)
+            case Pooling():
+                return plain.pool_forward(name, block)
+            case Pointwise():
+                return plain.pointwise_forward(name, block)
+
+    def _weight_kernel(self, i: int, block: Block) -> str:
+        match block:
+            case Linear():
+                return dense.dense_update(f"update{i}", block, self.target)
+            case Conv():
+                return gradients.conv_weight_gradient(f"weight{i}", block, self.target)
+            case Depthwise():
+                return gradients.depthwise_weight_gradient(f"weight{i}", block, self.target)
+            case _:
+                return ""
+
+    def _input_kernel(self, name: str, block: Block) -> str:
+        match block:
+            case Linear():
+                return dense.dense_input_gradient(name, block, self.target, self.memory.rows)
+            case Conv():
+                return gradients.conv_input_gradient(name, block, self.target)
+            case Depthwise():
+                return gradients.depthwise_input_gradient(name, block)
+            case Pooling():
+                return plain.pool_input_gradient(name, block)
+            case Pointwise():
+                return plain.pointwise_input_gradient(name, block)
+
+    def _learns(self, i: int, block: Block) -> bool:
+        return i >= self.blocks.first and isinstance(block, (Conv, Depthwise, Linear)) and block.weight.trainable
+
+    def _at(self, region: str, plane_size: int = 0, extra: int = 0) -> str:
+        text = f"work + {self.memory.places[region] + extra}"
+        return f"{text} + s * {plane_size}" if plane_size else text
+
+    def _out(self, i: int, extra: int = 0, *, row: bool = True) -> str:
+        """Block i's output, i = -1 for the input: of example s, or of the first."""
+        plane = self.blocks.input.target if i < 0 else self.blocks.blocks[i].target
+        return self._at("input" if i < 0 else f"out{i}", plane.size if row else 0, extra)
+
+    def _mark(self, i: int, *, row: bool = True) -> str:
+        block = self.blocks.blocks[i]
+        if not marks(block):
+            return "bytes"
+        at = f"bytes + {self.memory.marked[f'mark{i}'] + block.target.origin}"
+        return f"{at} + s * {block.target.size}" if row else at
+
+    def _gradient(self, i: int, extra: int = 0, *, row: bool = True) -> str:
+        block = self.blocks.blocks[i]
+        return self._at(f"d{i}", block.target.size if row and i in self.memory.boundary else 0, extra)
+
+    def _weights(self, i: int, block: Conv | Depthwise | Linear) -> str:
+        """The weights that the layer computes with."""
+        return self._at(f"q{i}") if block.layer.rounded else f"w + {block.weight.offset}"
+
+    def _bias(self, block: Conv | Depthwise | Linear, blob: str) -> str:
+        return f"{blob} + {block.bias.offset}" if block.bias else blob
+
+    def _range(self, block: Block) -> str:
+        return f"job->ranges + {block.quantizer or 0}"
+
+    def begin_batch(self) -> str:
+        """What depends on the weights alone: rounding, layouts; and the sums of gradients begin at zero."""
+        body = []
+        for i, block in enumerate(self.blocks.blocks):
+            if isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded:
+                body.append(f"grid{i}(w + {block.weight.offset}, {self._at(f'q{i}')});")
+            if isinstance(block, Conv) and not block.by_tap:
+                body.append(f"transposed{i}({self._weights(i, block)}, {self._at(f't{i}')});")
+        small = [p for p in self.blocks.parameters if p.name not in self.linear_weights]
+        body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in plain.merged(small)]
+        return "\n".join(["KERNEL void begin_batch(real *work, real *w) {", *body, "}", ""])
+
+    def part(self) -> str:
+        """Forward, loss and backward of some rows of a batch, and the step of fully connected layers."""
+        lines = list(self._forward())
+        last = len(self.blocks.blocks) - 1
+        lines.append("for (long s = 0; s < rows; s++)")
+        lines.append(f"loss({self._out(last)}, job->y[order[s]], {self._gradient(last)}, share, &job->loss);")
+        lines += self._backward()
+        arguments = "Job *job, const int64_t *order, long rows, real share, const Rule *rule, int first, int last, real *check"
+        head = f"KERNEL void part({arguments})"
+        names = ["real *const work = job->work;", "uint8_t *const bytes = job->bytes;", f"real *const w = {self._at('w')};",
+                 f"real *const g = {self._at('g')}, *const velocity = {self._at('velocity')};"]  # fmt: skip
+        return "\n".join([f"{head} {{", *names, *lines, "}", ""])
+
+    def _forward(self) -> Iterator[str]:
+        entry, channels = self.blocks.input, self.blocks.network.source
+        yield "for (long s = 0; s < rows; s++) {"
+        examples = f"job->x + order[s] * {channels[0] * channels[1] * channels[2]}"
+        yield f"*check += gather({examples}, {self._out(-1)}, job->ranges + {entry.quantizer or 0});"
+        inside = True
+        for i, block in enumerate(self.blocks.blocks):
+            if isinstance(block, Linear):
+                if inside:
+                    yield "}"
+                inside = False
+                yield f"forward{i}({self._out(i - 1, row=False)}, {self._weights(i, block)}, {self._out(i, row=False)}, rows);"
+                bias, mark = self._bias(block, "w"), self._mark(i, row=False)
+                yield f"finish{i}({self._out(i, row=False)}, {bias}, {mark}, {self._range(block)}, rows);"
+                continue
+            if not inside:
+                yield "for (long s = 0; s < rows; s++) {"
+            inside = True
+            yield self._plane_forward(i, block)
+        if inside:
+            yield "}"
+
+    def _plane_forward(self, i: int, block: Block) -> str:
+        out, mark, target = self._out(i, block.target.origin), self._mark(i), self._range(block)
+        if isinstance(block, (Conv, Depthwise)):
+            rows = isinstance(block, Conv) and not block.by_tap
+            weights = self._at(f"t{i}") if rows else self._weights(i, block)
+            return f"forward{i}({self._out(i - 1)}, {weights}, {self._bias(block, 'w')}, {out}, {mark}, {target});"
+        return f"forward{i}({self._out(i - 1, block.source.origin)}, {out}, {mark}, {target});"
+
+    def _backward(self) -> Iterator[str]:
+        inside = False
+        for i in range(len(self.blocks.blocks) - 1, self.blocks.first - 1, -1):
+            block = self.blocks.blocks[i]
+            if isinstance(block, Linear) and inside:
+                yield "}"
+            if not isinstance(block, Linear) and not inside:
+                yield "for (long s = 0; s < rows; s++) {"
+            inside = not isinstance(block, Linear)
+            yield from self._linear_backward(i, block) if isinstance(block, Linear) else self._plane_backward(i, block)
+        if inside:
+            yield "}"
+
+    def _linear_backward(self, i: int, block: Linear) -> Iterator[str]:
+        d, out = self._gradient(i, row=False), self._out(i, row=False)
+        yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias(block, 'g')}, rows);"
+        if i > self.blocks.first:
+            yield f"input{i}({d}, {self._weights(i, block)}, {self._gradient(i - 1, row=False)}, rows);"
+        if self._learns(i, block):
+            at = block.weight.offset
+            blobs = f"w + {at}, job->start + {at}, velocity + {at}, g + {at}"
+            yield f"update{i}({d}, {self._out(i - 1, row=False)}, {blobs}, rule, rows, first, last);"
+
+    def _plane_backward(self, i: int, block: Block) -> Iterator[str]:
+        origin, gm, mark = block.target.origin, self._at("gm"), self._mark(i)
+        at = f"(word *)({self._at('at')})" if "at" in self.memory.places else "(word *)work"
+        bias = self._bias(block, "g") if isinstance(block, (Conv, Depthwise)) else "g"
+        yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {bias});"
+        if self._learns(i, block) and isinstance(block, (Conv, Depthwise)):
+            inputs = f"{gm}, {at}, {mark}" if isinstance(block, Conv) else gm
+            yield f"weight{i}({self._out(i - 1)}, {inputs}, g + {block.weight.offset});"
+        if i == self.blocks.first:
+            return
+        into = self._gradient(i - 1)
+        match block:
+            case Conv():
+                yield f"input{i}({self._weights(i, block)}, {gm}, {mark}, {into});"
+            case Depthwise():
+                yield f"input{i}({self._weights(i, block)}, {gm}, {self._at(f'spread{i}')}, {into});"
+            case _:
+                yield f"clear({into}, {block.source.size});"
+                yield f"input{i}({gm}, {mark}, {self._gradient(i - 1, block.source.origin)});"
+
+    def train(self) -> str:
+        """The entry point: all epochs of one client. Returns 1 for a label that is no class."""
+        blob, count = self.blocks.blob, self.blocks.trainable
+        return f"""
+__attribute__((visibility("default"))) int train(Job *job) {{
+    real *const work = job->work, *const w = {self._at("w")}, *const velocity = {self._at("velocity")};
+    Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0}};
+    rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
+    for (long i = 0; i < job->examples; i++)
+        if (job->y[i] < 0 || job->y[i] >= {self.blocks.network.classes}) return 1;
+    copy(w, job->start, {blob});
+    clear(velocity, {blob});
+    job->loss = 0;
+    real check = 0;
+    for (long epoch = 0; epoch < job->epochs; epoch++)
+        for (long begin = 0; begin < job->examples; begin += job->batch) {{
+            const long left = job->examples - begin, count = left < job->batch ? left : job->batch;
+            const long parts = (count + {self.memory.rows - 1}) / {self.memory.rows};
+            const int64_t *order = job->order + epoch * job->examples + begin;
+            begin_batch(work, w);
+            for (long p = 0; p < parts; p++) {{
+                const long rows = count / parts + (p < count % parts);
+                part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, &check);
+                order += rows;
+            }}
+            small_steps(w, job->start, velocity, {self._at("g")}, &rule);
+        }}
+    export_update(w, job->start, job->update);
+    if (check != 0) {{
+        for (long i = 0; i < {count}; i++) job->update[i] = check;
+        job->loss = (double)check;
+    }}
+    return 0;
+}}
+"""

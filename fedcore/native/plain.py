@@ -1,0 +1,248 @@
+"""All that is no product: inputs, pools, activations, the loss, rounding of weights, the step of small parameters, the update."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from fedcore.native.blocks import LANES, Conv, Depthwise, Input, Linear, Parameter, Pointwise, Pooling, lanes_of, padded
+from fedcore.native.tiles import finish, function
+
+__all__ = [
+    "gather", "loss", "merged", "pointwise_forward", "pointwise_input_gradient", "pool_forward", "pool_input_gradient",
+    "round_weights", "small_steps", "transposed", "travel",
+]  # fmt: skip
+
+_FORWARD = "const real *restrict x, real *restrict out, uint8_t *restrict mark, const Range *range"
+_BACKWARD = "const real *restrict gm, const uint8_t *restrict mark, real *restrict dx"
+
+
+def gather(name: str, entry: Input) -> str:
+    """``name(from, to, range)``: an example in torch's order to its plane; returns zero, nan if a value is not finite."""
+    plane = entry.target
+    body = ["real check = 0;"]
+    rounded = "I16 dead; z = quantize16(z, range, &dead);" if entry.quantizer is not None else ""
+    if (plane.channels == plane.depth == 1 and plane.dense) or (plane.height, plane.width) == (1, 1):
+        count = plane.length if plane.depth == 1 else plane.channels
+        whole = count // LANES * LANES
+        body += ["V16 sum = (V16){0};", f"for (long i = 0; i < {whole}; i += {LANES}) {{", "V16 z = load16(from + i);"]
+        body += ["sum = sum + z * (real)0;", rounded, "store16(to + i, z);", "}", "check = sum16(sum);"]
+        body += _scalars(entry, f"for (long i = {whole}; i < {count}; i++)", "from[i]", "to[i]")
+    else:
+        at = f"{plane.origin} + h * {plane.row} + i * {plane.depth} + c"
+        sizes = zip("hci", (plane.height, plane.channels, plane.width), strict=True)
+        loops = " ".join(f"for (long {k} = 0; {k} < {size}; {k}++)" for k, size in sizes)
+        body += _scalars(entry, loops, f"from[(c * {plane.height} + h) * {plane.width} + i]", f"to[{at}]")
+    body.append("return check;")
+    text = function(f"{name}(const real *restrict from, real *restrict to, const Range *range)", body)
+    return text.replace("KERNEL void", "KERNEL real", 1)
+
+
+def _scalars(entry: Input, loops: str, value: str, to: str) -> Iterator[str]:
+    yield f"{loops} {{ real s = {value}; check += s * 0;"
+    if entry.quantizer is None:
+        yield f"{to} = s; }}"
+        return
+    yield "real t = s * range->inverse; real u = t + MAGIC; t = u - MAGIC;"
+    yield "t = t < range->low ? range->low : t; t = t > range->high ? range->high : t;"
+    yield f"{to} = range->on != 0 ? t * range->scale : s; }}"
+
+
+def pointwise_forward(name: str, block: Pointwise) -> str:
+    """``name(x, out, mark, range)``: x, out and mark at pixel (0, 0)."""
+    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+    body = [f"for (long h = 0; h < {target.height}; h++) for (long i = 0; i < {target.width}; i++)"]
+    body.append(f"for (long v = 0; v < {target.depth}; v += {lanes}) {{")
+    body.append(f"const long at = h * {target.row} + i * {target.depth} + v;")
+    body.append(f"V{lanes} z = load{lanes}(x + h * {source.row} + i * {source.depth} + v);")
+    if source.depth < target.depth:
+        body.append(f"if (v + {lanes} > {source.channels})")
+        body.append(f"for (long c = 0; c < {lanes}; c++) z[c] = v + c < {source.channels} ? z[c] : 0;")
+    body += finish(block, lanes, "z", f"(I{lanes}){{0}}", "out + at", "mark + at")
+    return function(f"{name}({_FORWARD})", [*body, "}"])
+
+
+def pointwise_input_gradient(name: str, block: Pointwise) -> str:
+    """``name(gm, mark, dx)``: dx at pixel (0, 0) of the source."""
+    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+    body = [f"for (long h = 0; h < {target.height}; h++) for (long i = 0; i < {target.width}; i++)"]
+    body.append(f"for (long v = 0; v < {min(source.depth, target.depth)}; v += {lanes})")
+    body.append(f"    store{lanes}(dx + h * {source.row} + i * {source.depth} + v,")
+    body.append(f"        load{lanes}(gm + (h * {target.width} + i) * {target.depth} + v));")
+    return function(f"{name}({_BACKWARD})", body)
+
+
+def _window(block: Pooling) -> list[str]:
+    """Loops over outputs, with the part of the window that lies in the image: rows y0..y1, columns x0..x1."""
+    (kh, kw), (sh, sw), (ph, pw) = block.layer.kernel, block.layer.stride, block.layer.padding
+    lines = [f"for (long h = 0; h < {block.target.height}; h++) for (long i = 0; i < {block.target.width}; i++) {{"]
+    for axis, kernel, step, pad, size in (("h", kh, sh, ph, block.source.height), ("i", kw, sw, pw, block.source.width)):
+        low, high = ("y0", "y1") if axis == "h" else ("x0", "x1")
+        lines.append(f"const long {low}s = {axis} * {step} - {pad}, {low} = {low}s < 0 ? 0 : {low}s;")
+        lines.append(f"const long {high}e = {low}s + {kernel}, {high} = {high}e > {size} ? {size} : {high}e;")
+    if block.layer.average:
+        lines.append(f"const real share = 1 / (real)({_counted(block)});")
+    return lines
+
+
+def _counted(block: Pooling) -> str:
+    """By how many values a mean divides; torch counts padding, but not what lies beyond it."""
+    return str(math.prod(block.layer.kernel)) if block.layer.count_padding else "(y1 - y0) * (x1 - x0)"
+
+
+def pool_forward(name: str, block: Pooling) -> str:
+    """``name(x, out, mark, range)``: x, out and mark at pixel (0, 0)."""
+    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+    body = [*_window(block), f"for (long v = 0; v < {target.depth}; v += {lanes}) {{"]
+    body.append(f"const long at = h * {target.row} + i * {target.depth} + v;")
+    here = f"load{lanes}(x + y * {source.row} + z * {source.depth} + v)"
+    place = f"(I{lanes}){{0}}"
+    if block.layer.average:
+        body += [
+            f"V{lanes} a = (V{lanes}){{0}};",
+            "for (long y = y0; y < y1; y++) for (long z = x0; z < x1; z++)",
+            f"a = a + {here};",
+        ]
+        body.append("a = a * share;")
+    else:
+        place = "place"
+        body += [f"V{lanes} a = splat{lanes}(0); I{lanes} place = (I{lanes}){{0}}; int begun = 0;"]
+        body += ["for (long y = y0; y < y1; y++) for (long z = x0; z < x1; z++) {"]
+        body.append(f"V{lanes} t = {here}; I{lanes} more = (t > a) | (word)(begun - 1);")
+        body.append(f"place = (more & (word)((y - y0s) * {block.layer.kernel[1]} + z - x0s)) | (~more & place);")
+        body += [f"a = pick{lanes}(more, t, a); begun = 1;", "}"]
+    body += finish(block, lanes, "a", place, "out + at", "mark + at")
+    return function(f"{name}({_FORWARD})", [*body, "}", "}"])
+
+
+def pool_input_gradient(name: str, block: Pooling) -> str:
+    """``name(gm, mark, dx)``: mark at pixel (0, 0) of the target, dx at that of the source, zero before."""
+    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+    body = [*_window(block), f"for (long v = 0; v < {target.depth}; v += {lanes}) {{"]
+    body.append(f"V{lanes} g = load{lanes}(gm + (h * {target.width} + i) * {target.depth} + v);")
+    if block.layer.average:
+        body.append("g = g * share;")
+    else:
+        body.append(f"I{lanes} place = bytes{lanes}(mark + h * {target.row} + i * {target.depth} + v);")
+    body.append("for (long y = y0; y < y1; y++) for (long z = x0; z < x1; z++) {")
+    body.append(f"real *to = dx + y * {source.row} + z * {source.depth} + v;")
+    part = "g"
+    if not block.layer.average:
+        part = f"pick{lanes}(place == (word)((y - y0s) * {block.layer.kernel[1]} + z - x0s), g, (V{lanes}){{0}})"
+    body += [f"store{lanes}(to, load{lanes}(to) + {part});", "}"]
+    return function(f"{name}({_BACKWARD})", [*body, "}", "}"])
+
+
+def loss(name: str, classes: int) -> str:
+    """``name(z, y, d, share, sum)``: softmax cross-entropy of one row of logits; d = share * (softmax - one-hot)."""
+    depth = padded(classes)
+    body = ["real most = z[0];", f"for (long c = 1; c < {classes}; c++) most = z[c] > most || z[c] != z[c] ? z[c] : most;"]
+    body += [f"real e[{depth}];", "V16 all = (V16){0};", f"for (long v = 0; v < {depth}; v += {LANES}) {{"]
+    body.append("V16 t = exponential(load16(z + v) - most);")
+    body.append("t = pick16(load16(z + v) != load16(z + v), load16(z + v), t);")
+    body += [f"for (long c = 0; c < {LANES}; c++) t[c] = v + c < {classes} ? t[c] : 0;", "store16(e + v, t); all = all + t;", "}"]
+    body += ["const real total = sum16(all), scale = share / total;"]
+    body += [f"for (long v = 0; v < {depth}; v += {LANES}) store16(d + v, load16(e + v) * scale);"]
+    body += ["d[y] = d[y] - share;", "*sum += total == total ? logarithm((double)total) + (double)(most - z[y]) : (double)total;"]
+    return function(f"{name}(const real *restrict z, long y, real *restrict d, real share, double *sum)", body)
+
+
+def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
+    """``name(w, q)``: weights to their int8 grids, one scale per output channel."""
+    if isinstance(block, Linear):
+        return _round_rows(name, block.layer.shape[0], block.inputs, LANES)
+    if isinstance(block, Conv) and not block.by_tap:
+        lanes = lanes_of(block.span)
+        return _round_rows(name, block.target.channels, block.layer.kernel[0] * block.run, lanes)
+    lanes, depth = lanes_of(block.target.channels), block.target.depth
+    taps = block.taps if isinstance(block, Conv) else math.prod(block.layer.kernel)
+    body = [f"for (long v = 0; v < {depth}; v += {lanes}) {{", f"V{lanes} peak = splat{lanes}(TINY * 127);"]
+    body.append(f"for (long k = 0; k < {taps * depth}; k += {depth}) {{ V{lanes} t = magnitude{lanes}(load{lanes}(w + k + v));")
+    body.append(f"peak = pick{lanes}(t > peak, t, peak); }}")
+    body.append(f"const V{lanes} scale = peak / 127, inverse = 1 / scale;")
+    body.append(f"for (long k = 0; k < {taps * depth}; k += {depth}) {{ V{lanes} t = load{lanes}(w + k + v) * inverse;")
+    body += [f"t = round{lanes}(t); store{lanes}(q + k + v, t * scale); }}", "}"]
+    return function(f"{name}(const real *restrict w, real *restrict q)", body)
+
+
+def _round_rows(name: str, rows: int, size: int, lanes: int) -> str:
+    body = [f"for (long o = 0; o < {rows}; o++, w += {size}, q += {size}) {{", f"V{lanes} most = (V{lanes}){{0}};"]
+    body.append(f"for (long i = 0; i < {size}; i += {lanes}) {{ V{lanes} t = magnitude{lanes}(load{lanes}(w + i));")
+    body.append(f"most = pick{lanes}(t > most, t, most); }}")
+    body += ["real peak = TINY * 127;", f"for (int c = 0; c < {lanes}; c++) peak = most[c] > peak ? most[c] : peak;"]
+    body.append("const real scale = peak / 127, inverse = 1 / scale;")
+    body.append(f"for (long i = 0; i < {size}; i += {lanes}) {{ V{lanes} t = load{lanes}(w + i) * inverse;")
+    body += [f"t = round{lanes}(t); store{lanes}(q + i, t * scale); }}", "}"]
+    return function(f"{name}(const real *restrict w, real *restrict q)", body)
+
+
+def transposed(name: str, block: Conv) -> str:
+    """``name(w, t)``: weights by row to weights by tap, for the forward kernel."""
+    (kh, kw), inputs, source = block.layer.kernel, block.source.channels, block.source
+    body = [f"for (long r = 0; r < {kh}; r++) for (long s = 0; s < {kw}; s++) for (long c = 0; c < {inputs}; c++)"]
+    body.append(f"for (long o = 0; o < {block.target.channels}; o++)")
+    body.append(f"    t[((r * {kw} + s) * {inputs} + c) * {block.target.depth} + o] =")
+    body.append(f"        w[o * {kh * block.run} + r * {block.run} + s * {source.depth} + c];")
+    return function(f"{name}(const real *restrict w, real *restrict t)", body)
+
+
+def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
+    """``name(w, start, velocity, g, rule)``: the optimizer's step of ranges (offset, size) of the blob."""
+    body = []
+    for keyword, call in (("if (rule->plain)", "plain16(w + i, load16(g + i), rule)"),
+                          ("if (!rule->plain)", "step16(w + i, start + i, velocity + i, load16(g + i), rule)")):  # fmt: skip
+        body.append(f"{keyword} {{")
+        body += [f"for (long i = {offset}; i < {offset + size}; i += {LANES}) {call};" for offset, size in ranges]
+        body.append("}")
+    head = "real *restrict w, const real *restrict start, real *restrict velocity, const real *restrict g, const Rule *rule"
+    return function(f"{name}({head})", body)
+
+
+def merged(parameters: Sequence[Parameter]) -> list[tuple[int, int]]:
+    """Ranges of the blob that parameters fill, neighbours together."""
+    ranges: list[tuple[int, int]] = []
+    for parameter in sorted(parameters, key=lambda p: p.offset):
+        if ranges and sum(ranges[-1]) == parameter.offset:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + parameter.size)
+        else:
+            ranges.append((parameter.offset, parameter.size))
+    return ranges
+
+
+def travel(parameters: Sequence[Parameter]) -> str:
+    """``import_start(blob, values)`` and ``export_update(w, start, update)``: between torch's order of the trainable parameters and
+    the blob; the update is local minus start."""
+    pairs = list(_places(parameters))
+    into = [f"{loops} blob[{place}] = values[{at}];" for loops, place, at in pairs]
+    out = [f"{loops} update[{at}] = w[{place}] - start[{place}];" for loops, place, at in pairs]
+    begin = function("import_start(real *restrict blob, const real *restrict values)", into)
+    public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
+    return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out)
+
+
+def _places(parameters: Sequence[Parameter]) -> Iterator[tuple[str, str, str]]:
+    """Per trainable parameter loops, the place in the blob and the place in torch's order."""
+    at = 0
+    for parameter in parameters:
+        if not parameter.trainable:
+            continue
+        dims, strides = _joined(parameter.dims, parameter.strides)
+        inner = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
+        loops = " ".join(f"for (long i{k} = 0; i{k} < {count}; i{k}++)" for k, count in enumerate(dims))
+        place = " + ".join([str(parameter.offset), *(f"i{k} * {stride}" for k, stride in enumerate(strides))])
+        yield loops, place, " + ".join([str(at), *(f"i{k} * {size}" for k, size in enumerate(inner))])
+        at += math.prod(parameter.dims)
+
+
+def _joined(dims: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The same places with fewer loops: dimensions that follow each other without a gap become one."""
+    joined: list[tuple[int, int]] = []
+    for count, stride in zip(dims, strides, strict=True):
+        if count == 1:
+            continue
+        if joined and joined[-1][1] == count * stride:
+            joined[-1] = (joined[-1][0] * count, stride)
+        else:
+            joined.append((count, stride))
+    joined = joined or [(1, 0)]
+    return [count for count, _ in joined], [stride for _, stride in joined]

@@ -1,0 +1,212 @@
+"""The native engine: a client's whole local training in one call of generated, compiled code."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from fedcore.errors import Refused
+from fedcore.native.blocks import LANES, Blocks, plan
+from fedcore.native.build import BuildFailed, build, host_target
+from fedcore.native.emit import source
+from fedcore.native.layers import lower
+from fedcore.native.memory import Memory, plan_memory
+from fedcore.native.tiles import Target
+from fedcore.quantization.layers import activation_ranges
+from fedcore.training.local import LoopTrainer
+from fedcore.training.plan import ClientData, LocalPlan, LocalResult, LocalTrainer, batch_order, client_rng
+
+__all__ = ["NativeTrainer", "Program", "prepare"]
+
+Reals = npt.NDArray[Any]
+_ALIGNMENT = 4096
+
+
+class _Job(ctypes.Structure):
+    """``Job`` of prelude.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "y", "order")),
+        *((name, ctypes.c_int64) for name in ("examples", "epochs", "batch")),
+        *((name, ctypes.c_void_p) for name in ("start", "ranges", "work", "bytes", "update")),
+        *((name, ctypes.c_double) for name in ("rate", "momentum", "decay", "proximal", "loss")),
+    )
+
+
+@dataclass(frozen=True)
+class Program:
+    """A network's compiled trainer."""
+
+    blocks: Blocks
+    memory: Memory
+    library: Path
+
+    @classmethod
+    def of(cls, model: nn.Module, input_shape: tuple[int, ...], target: Target | None = None) -> Program:
+        """Generate and compile, or take from the cache; in double precision where the model's parameters are.
+
+        Raises:
+            Unsupported: a layer that the generator does not know.
+            BuildFailed: no compiler that works.
+        """
+        blocks = plan(lower(model, input_shape), model)
+        return _program(blocks, target or host_target(), _dtype(model) is torch.float64)
+
+
+@functools.lru_cache(maxsize=64)
+def _program(blocks: Blocks, target: Target, double: bool) -> Program:
+    """Remembered, so that workers forked after `prepare` find theirs at once."""
+    memory = plan_memory(blocks)
+    return Program(blocks, memory, build(source(blocks, memory, target), target, double=double))
+
+
+class NativeTrainer:
+    """Trains clients one at a time; results equal the loop's but for the order of additions.
+
+    The program is compiled when the first client shows the shape of its examples, which is instant where `prepare` did it before.
+    Private plans are trained by the loop.
+    """
+
+    chunk = 1
+
+    def __init__(self, model: nn.Module, target: Target | None = None) -> None:
+        self.model, self.target = model.train(), target
+        self._workers: dict[tuple[int, ...], _Worker] = {}
+        self._private: LoopTrainer | None = None
+
+    def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
+        """See `plan.LocalTrainer`."""
+        if plan.dp is not None:
+            if self._private is None:
+                self._private = LoopTrainer(self.model)
+            yield from self._private.train(start, clients, plan)
+            return
+        for client in clients:
+            shape = tuple(client.x.shape[1:])
+            if shape not in self._workers:
+                self._workers[shape] = _Worker(Program.of(self.model, shape, self.target), self.model)
+            yield self._workers[shape].train(start, client, plan)
+
+
+class _Worker:
+    """A loaded program with its workspace, which it begins and leaves with zeros where the program expects them."""
+
+    def __init__(self, program: Program, model: nn.Module) -> None:
+        self.blocks, self.model = program.blocks, model
+        self.dtype = np.dtype(np.float64 if _dtype(model) is torch.float64 else np.float32)
+        library = ctypes.CDLL(str(program.library))
+        self._train, self._import = library.train, library.import_start
+        self._train.argtypes, self._train.restype = [ctypes.POINTER(_Job)], ctypes.c_int
+        self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+        self._work = _aligned(program.memory.numbers, self.dtype)
+        self._bytes = _aligned(program.memory.bytes, np.dtype(np.uint8))
+        self._blob = _aligned(self.blocks.blob + LANES, self.dtype)
+        self._start: tuple[Tensor, int] | None = None
+        self._job = _Job(work=self._work.ctypes.data, bytes=self._bytes.ctypes.data, start=self._blob.ctypes.data)
+
+    def train(self, start: Tensor, data: ClientData, plan: LocalPlan) -> LocalResult:
+        """One client's round.
+
+        Raises:
+            Refused: labels that are no classes.
+        """
+        self._begin_from(start)
+        orders = batch_order(len(data.y), plan, data.rng)
+        order = np.concatenate([np.asarray(one, np.int64) for one in orders]) if orders else np.zeros(0, np.int64)
+        x = np.ascontiguousarray(data.x.numpy(), self.dtype)
+        y = np.ascontiguousarray(data.y.numpy(), np.int64)
+        ranges = self._ranges()
+        update = np.empty(self.blocks.trainable, self.dtype)
+        job = self._job
+        job.x, job.y, job.order, job.update, job.ranges = (one.ctypes.data for one in (x, y, order, update, ranges))
+        job.examples, job.epochs, job.batch = len(y), plan.epochs, plan.batch_size
+        job.rate, job.momentum, job.decay, job.proximal = plan.lr, plan.momentum, plan.weight_decay, plan.proximal_mu
+        if self._train(job):
+            raise Refused(f"client {data.client}: a label is not one of the {self.blocks.network.classes} classes")
+        trained = len(order)
+        return LocalResult(data.client, torch.from_numpy(update), len(y), job.loss / trained if trained else math.nan)
+
+    def _begin_from(self, start: Tensor) -> None:
+        """Bring the start into the blob's order, unless it is the one that is there."""
+        if self._start is not None and self._start[0] is start and self._start[1] == start._version:
+            return
+        values = np.ascontiguousarray(start.numpy(), self.dtype)
+        frozen = dict(self.model.named_parameters())
+        for parameter in self.blocks.parameters:
+            if not parameter.trainable:
+                self._blob[parameter.positions()] = frozen[parameter.name].detach().numpy().reshape(-1)
+        self._import(self._blob.ctypes.data, values.ctypes.data)
+        self._start = (start, start._version)
+
+    def _ranges(self) -> Reals:
+        """The frozen activation ranges as the program takes them, one row of `Range` for each quantizer."""
+        table = np.zeros((max(1, len(self.blocks.quantizers)), 7), self.dtype)
+        known = activation_ranges(self.model) if self.blocks.quantizers else {}
+        for row, name in zip(table, self.blocks.quantizers, strict=False):
+            if name in known:
+                scale, zero = known[name].scale, known[name].zero_point
+                low, high = -128 - zero, 127 - zero
+                inverse = np.float32(1) / np.float32(scale)
+                row[:] = (1, inverse, scale, low, high, (low - 0.5) * scale, (high + 0.5) * scale)
+        return table
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters()), torch.float32)
+
+
+def _aligned(count: int, dtype: np.dtype[Any]) -> Reals:
+    """Zeros that begin at a page."""
+    raw = np.zeros(count * dtype.itemsize + _ALIGNMENT, np.uint8)
+    begin = -raw.ctypes.data % _ALIGNMENT
+    return raw[begin : begin + count * dtype.itemsize].view(dtype)
+
+
+def prepare(model: nn.Module, input_shape: tuple[int, ...]) -> str:
+    """Compile the trainer of ``model`` and, once per build, compare it with the loop; returns the name of the processor's kind.
+
+    Raises:
+        Unsupported: a layer that the generator does not know.
+        BuildFailed: no compiler that works, or a library that does not load or whose results differ from the loop's.
+    """
+    target = host_target()
+    program = Program.of(model, input_shape, target)
+    marker = program.library.with_suffix(".verified")
+    if not marker.exists():
+        try:
+            difference = _difference(model, input_shape, program.blocks.network.classes)
+        except OSError as error:
+            raise BuildFailed(f"the compiled trainer cannot be loaded: {error}") from error
+        if not difference <= (0.05 if program.blocks.rounded else 1e-3):
+            raise BuildFailed(f"the compiled trainer differs from the loop by {difference:.2g} of an update's norm; it is not used")
+        marker.touch()
+    return target.name
+
+
+def _difference(model: nn.Module, input_shape: tuple[int, ...], classes: int) -> float:
+    """Relative L2 distance between the updates of both engines on random examples, the larger of two plans'."""
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(rng.standard_normal((7, *input_shape), np.float32)).to(_dtype(model))
+    y = torch.from_numpy(rng.integers(0, classes, 7))
+    found = []
+    for local in (LocalPlan(1, 4, 0.05), LocalPlan(1, 4, 0.05, momentum=0.5, weight_decay=0.01, proximal_mu=0.1)):
+        updates = []
+        for trainer in (LoopTrainer, NativeTrainer):
+            own = copy.deepcopy(model)
+            start = torch.cat([p.detach().reshape(-1) for p in own.parameters() if p.requires_grad])
+            engine: LocalTrainer = trainer(own)
+            updates += [result.update for result in engine.train(start, [ClientData(0, x, y, client_rng(0, 0, 0, 0))], local)]
+        distance = torch.linalg.vector_norm(updates[1] - updates[0]) / torch.linalg.vector_norm(updates[0]).clamp(min=1e-12)
+        found.append(float(distance))
+    return max(found) if all(map(math.isfinite, found)) else math.inf

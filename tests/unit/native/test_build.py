@@ -1,0 +1,139 @@
+"""The cache of compiled code: what is loaded is what was built, by this user, and verified."""
+
+import os
+import stat
+import sys
+
+import pytest
+import torch
+from native_clients import network, why_no_compiler
+from torch import nn
+
+from fedcore.config import EngineConfig
+from fedcore.errors import Refused
+from fedcore.native import build as builds
+from fedcore.native import trainer as trainers
+from fedcore.native.build import AVX2, AVX512, NEON, BuildFailed, build, cache_directory, compile_library, host_target
+from fedcore.native.trainer import Program, prepare
+from fedcore.training.engine import choose_engine, make_trainer
+
+needs_compiler = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiles")
+SOURCE = '__attribute__((visibility("default"))) int answer(void) { return 42; }\n'
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    trainers._program.cache_clear()
+    yield tmp_path / "fedcore" / "native"
+    trainers._program.cache_clear()
+
+
+def test_the_cache_is_the_users_own(cache):
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    assert cache_directory() == cache
+    assert stat.S_IMODE(cache.stat().st_mode) == 0o700
+
+
+def test_a_cache_of_another_user_is_not_used(cache, monkeypatch):
+    cache_directory()
+    monkeypatch.setattr(os, "getuid", lambda: cache.stat().st_uid + 1)
+    with pytest.raises(BuildFailed, match="belongs to another user"):
+        cache_directory()
+
+
+@needs_compiler
+def test_a_library_is_built_once_and_again_when_it_was_changed(cache, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(builds, "compile_library", lambda *a: (compiled.append(a), compile_library(*a)))
+    library = build(SOURCE, host_target())
+    before = library.read_bytes()
+    library.with_suffix(".verified").touch()
+    assert build(SOURCE, host_target()) == library
+    assert len(compiled) == 1
+    library.write_bytes(before[:-1] + b"!")
+    assert build(SOURCE, host_target()) == library
+    assert library.read_bytes()[:4] == b"\x7fELF"
+    assert len(compiled) == 2
+    assert not library.with_suffix(".verified").exists()
+    assert build(SOURCE.replace("42", "43"), host_target()) != library
+
+
+@needs_compiler
+def test_a_source_that_does_not_compile_fails_in_one_line(cache):
+    with pytest.raises(BuildFailed, match="the compiler failed") as failed:
+        build("int broken(", host_target())
+    assert "\n" not in str(failed.value)
+    assert not list(cache.glob("*.so"))
+
+
+def test_without_a_compiler_the_rule_is_the_loop(cache, monkeypatch):
+    monkeypatch.setattr(builds, "compiler_version", lambda: (_ for _ in ()).throw(BuildFailed("no compiler: ziglang is missing")))
+    engine = choose_engine(EngineConfig(device="cpu"), network("mlp", False, torch.float32), (1, 8, 8))
+    assert engine.name == "loop"
+    assert "no compiler: ziglang is missing" in engine.reason
+    with pytest.raises(Refused, match=r'engine\.name = "native": no compiler'):
+        choose_engine(EngineConfig("native"), network("mlp", False, torch.float32), (1, 8, 8))
+
+
+@needs_compiler
+def test_a_broken_compiler_means_the_loop(cache, monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    engine = choose_engine(EngineConfig(device="cpu"), network("mlp", False, torch.float32), (1, 8, 8))
+    assert (engine.name, "the compiler failed" in engine.reason) == ("loop", True)
+
+
+@needs_compiler
+def test_the_rule_takes_the_native_engine_where_every_layer_is_known(cache):
+    engine = choose_engine(EngineConfig(device="cpu"), network("mlp", False, torch.float32), (1, 8, 8))
+    assert (engine.name, engine.device) == ("native", "cpu")
+    assert host_target().name in engine.reason
+    assert len(list(cache.glob("*.verified"))) == 1
+    unknown = nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 4))
+    engine = choose_engine(EngineConfig(device="cpu"), unknown, (1, 8, 8))
+    assert (engine.name, "layer 2 (Tanh)" in engine.reason) == ("loop", True)
+    assert choose_engine(EngineConfig("loop", "cpu"), network("mlp", False, torch.float32), (1, 8, 8)).name == "loop"
+
+
+@needs_compiler
+def test_a_library_whose_results_differ_is_not_used(cache, monkeypatch):
+    written = trainers.source
+    monkeypatch.setattr(trainers, "source", lambda *a: written(*a).replace("d[y] = d[y] - share;", "d[y] = d[y] - share / 2;"))
+    model = network("mlp", False, torch.float32)
+    with pytest.raises(BuildFailed, match="differs from the loop by"):
+        prepare(model, (1, 8, 8))
+    engine = choose_engine(EngineConfig(device="cpu"), model, (1, 8, 8))
+    assert (engine.name, "differs from the loop" in engine.reason) == ("loop", True)
+
+
+@needs_compiler
+def test_a_library_that_does_not_load_is_not_used(cache, monkeypatch):
+    monkeypatch.setattr(trainers, "build", lambda *a, **k: cache_directory() / "missing.so")
+    with pytest.raises(BuildFailed, match="cannot be loaded"):
+        prepare(network("mlp", False, torch.float32), (1, 8, 8))
+
+
+@needs_compiler
+def test_the_chosen_engine_trains_with_the_verified_library(cache):
+    model = network("mlp", False, torch.float32)
+    engine = choose_engine(EngineConfig("native"), model, (1, 8, 8))
+    assert engine.reason.startswith("named in the scenario")
+    assert type(make_trainer(engine, model)) is trainers.NativeTrainer
+    assert Program.of(model, (1, 8, 8)).library.with_suffix(".verified").exists()
+
+
+def test_targets_fit_the_machine(monkeypatch):
+    for machine, flags, expected in (
+        ("x86_64", "avx512f avx512bw avx512cd avx512dq avx512vl avx2 fma bmi1 bmi2 f16c movbe", AVX512),
+        ("x86_64", "avx2 fma bmi1 bmi2 f16c movbe", AVX2),
+        ("aarch64", "", NEON),
+    ):
+        monkeypatch.setattr(builds.platform, "machine", lambda m=machine: m)
+        monkeypatch.setattr(builds, "_processor_flags", lambda f=flags: set(f.split()))
+        assert host_target() is expected
+    for machine, part in (("x86_64", "AVX2 and FMA"), ("riscv64", "not for linux on riscv64")):
+        monkeypatch.setattr(builds.platform, "machine", lambda m=machine: m)
+        monkeypatch.setattr(builds, "_processor_flags", set)
+        with pytest.raises(BuildFailed, match=part):
+            host_target()

@@ -1,0 +1,233 @@
+"""The native engine is the loop, compiled: whole local trainings of both are compared."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from native_clients import PLANS, SHAPES, federation, network, start_of, updates, why_no_compiler
+from torch import nn
+
+from fedcore.errors import Refused
+from fedcore.models import ZOO
+from fedcore.native.trainer import NativeTrainer
+from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware, set_activation_ranges
+from fedcore.quantization.wire import ActivationRange
+from fedcore.training.local import LoopTrainer
+from fedcore.training.plan import DpSgdPlan, LocalPlan, client_rng
+
+pytestmark = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiles")
+
+
+def check(model_of, shape, dtype, plan, atol, **federated):
+    """Both engines on the same clients; returns the native updates."""
+    models = []
+    for _ in range(2):
+        torch.manual_seed(1)
+        models.append(model_of())
+    loop, loop_losses = updates(LoopTrainer(models[0]), federation(shape, dtype, **federated), plan)
+    native, losses = updates(NativeTrainer(models[1]), federation(shape, dtype, **federated), plan)
+    torch.testing.assert_close(native, loop, rtol=atol, atol=atol)
+    np.testing.assert_allclose(losses, loop_losses, rtol=atol, atol=atol)
+    return native
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_zoo_in_double_precision(name, plan):
+    check(lambda: network(name, False, torch.float64), SHAPES[name], torch.float64, plan, 1e-9)
+
+
+# Rounded inputs and weights lie on grids, so that two positions of a pooling window can tie but for the last bit, and which one
+# wins depends on the order of additions. These few clients have no such window; `test_no_window_ties` holds them to it.
+FEW = (6, 1, 5)
+
+
+@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ZOO)
+def test_the_fake_quantized_zoo_in_double_precision(name, plan):
+    def model_of():
+        return network(name, True, torch.float64)
+
+    check(model_of, SHAPES[name], torch.float64, plan, 1e-9, sizes=FEW)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "dscnn"])
+def test_before_calibration_only_weights_are_rounded(name):
+    def model_of():
+        return network(name, True, torch.float64, calibrated=False)
+
+    check(model_of, SHAPES[name], torch.float64, PLANS["everything"], 1e-9, sizes=FEW)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lenet", "dscnn", "imu_cnn"))])
+def test_the_zoo_in_single_precision(name):
+    check(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, PLANS["everything"], 1e-5)
+
+
+@pytest.mark.parametrize("name", ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp", "lenet", "dscnn", "imu_cnn"))])
+def test_fake_quantized_single_precision_predicts_alike(name):
+    shape, plan = SHAPES[name], LocalPlan(epochs=3, batch_size=5, lr=0.05)
+    start = start_of(network(name, True, torch.float32))
+    x = torch.tensor(np.random.default_rng(9).standard_normal((400, *shape)), dtype=torch.float32)
+    predicted = []
+    for trainer in (LoopTrainer, NativeTrainer):
+        found, _ = updates(trainer(network(name, True, torch.float32)), federation(shape, torch.float32), plan)
+        model = network(name, True, torch.float32)
+        torch.nn.utils.vector_to_parameters(start + found.mean(0), model.parameters())
+        predicted.append(model(x).argmax(1))
+    assert (predicted[0] == predicted[1]).float().mean() >= 0.99
+
+
+ODD = {
+    "odd channels, strides, paddings": ((3, 11, 9), lambda: nn.Sequential(
+        nn.Conv2d(3, 5, (3, 2), stride=(2, 1), padding=(1, 0)), nn.ReLU6(), nn.Conv2d(5, 17, 3, padding=1), nn.ReLU(),
+        nn.MaxPool2d((2, 3)), nn.Conv2d(17, 3, 2, stride=2, bias=False), nn.Flatten(), nn.Linear(3, 4))),
+    "pool before activation": ((2, 9, 9), lambda: nn.Sequential(
+        nn.Conv2d(2, 20, 2), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(20, 6, 1), nn.Flatten(), nn.Linear(96, 4, bias=False))),
+    "pools of all kinds": ((3, 12, 12), lambda: nn.Sequential(
+        nn.ReLU(), nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(3, 6, 3, padding=2), nn.AvgPool2d(3, 2, padding=1),
+        nn.AvgPool2d(2, 1, padding=1, count_include_pad=False), nn.Conv2d(6, 9, 1, stride=2), nn.MaxPool2d(2, 1),
+        nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 4))),
+    "depthwise": ((5, 10, 10), lambda: nn.Sequential(
+        nn.Conv2d(5, 5, 3, 2, padding=1, groups=5), nn.ReLU(), nn.Conv2d(5, 24, 1), nn.ReLU6(),
+        nn.Conv2d(24, 24, (3, 2), 1, padding=(0, 1), groups=24, bias=False), nn.Conv2d(24, 4, 1), nn.ReLU(),
+        nn.AdaptiveMaxPool2d((1, 1)), nn.Flatten())),
+    "windows": ((3, 40), lambda: nn.Sequential(
+        nn.Conv1d(3, 19, 5, stride=2, padding=2), nn.ReLU(), nn.MaxPool1d(2), nn.Conv1d(19, 19, 3, padding=1, groups=19),
+        nn.ReLU(), nn.Conv1d(19, 70, 3), nn.ReLU(), nn.AvgPool1d(2), nn.Flatten(), nn.Linear(70 * 4, 4))),
+    "a vector, twenty classes": ((7,), lambda: nn.Sequential(
+        nn.Linear(7, 33), nn.ReLU(), nn.ReLU(), nn.Sequential(nn.Identity(), nn.Linear(33, 20)))),
+    "more channels than a word has bits": ((2, 6, 6), lambda: nn.Sequential(
+        nn.Conv2d(2, 70, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(280, 4))),
+    "many channels between": ((2, 8, 8), lambda: nn.Sequential(
+        nn.Conv2d(2, 40, 3), nn.ReLU(), nn.Conv2d(40, 67, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(268, 4))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_networks_in_double_precision(name):
+    shape, build = ODD[name]
+    check(lambda: build().double(), shape, torch.float64, PLANS["everything"], 1e-9)
+
+
+def test_a_batch_in_several_parts():
+    plan = LocalPlan(epochs=2, batch_size=90, lr=0.05, momentum=0.5)
+    check(lambda: network("cnn", False, torch.float64), SHAPES["cnn"], torch.float64, plan, 1e-9, sizes=(200, 3))
+
+
+def test_quantizers_of_their_own_and_saturation():
+    """An explicit quantizer, two in a row, and ranges so narrow that many activations saturate, whose gradient is zero."""
+
+    def model_of():
+        model = nn.Sequential(
+            FakeQuantize(), nn.Conv2d(2, 6, 3, padding=1), nn.ReLU(), FakeQuantize(), nn.AvgPool2d(2), nn.Flatten(),
+            nn.Linear(96, 12), nn.ReLU(), nn.Linear(12, 4),
+        )  # fmt: skip
+        make_quantization_aware(model)
+        ranges = calibrate(model, [torch.randn(40, 2, 8, 8)])
+        narrow = {name: ActivationRange(span.scale / 3, span.zero_point) for name, span in ranges.items()}
+        set_activation_ranges(model, narrow)
+        return model.double()
+
+    check(model_of, (2, 8, 8), torch.float64, PLANS["everything"], 1e-9)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (0, 3), (7, 9), (3, 7, 9)])
+def test_frozen_layers_neither_move_nor_travel(frozen):
+    def model_of():
+        model = network("cnn", False, torch.float64)
+        for layer in frozen:
+            model[layer].requires_grad_(False)
+        return model
+
+    found = check(model_of, SHAPES["cnn"], torch.float64, PLANS["everything"], 1e-9)
+    assert found.shape[1] == len(start_of(model_of()))
+    assert found.abs().sum() > 0
+
+
+def test_one_clients_nan_does_not_reach_the_others():
+    model = network("cnn", False, torch.float32)
+    trainer, start = NativeTrainer(model), start_of(model)
+    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["everything"])]
+    clients = federation(SHAPES["cnn"], torch.float32)
+    clients[1].x[0, 0, 3, 3] = math.nan
+    clients[3].x.fill_(math.inf)
+    spoiled = list(trainer.train(start, clients, PLANS["everything"]))
+    for i in (1, 3):
+        assert torch.isnan(spoiled[i].update).any()
+        assert math.isnan(spoiled[i].loss)
+    for i in (0, 2, 4):
+        assert torch.equal(clean[i], spoiled[i].update)
+
+
+def test_a_client_that_explodes_says_so_and_leaves_nothing_behind():
+    model = network("cnn", False, torch.float32)
+    trainer, start = NativeTrainer(model), start_of(model)
+    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["sgd"])]
+    exploding = LocalPlan(epochs=20, batch_size=5, lr=1e20)
+    exploded = list(trainer.train(start, federation(SHAPES["cnn"], torch.float32), exploding))
+    assert not any(torch.isfinite(torch.linalg.vector_norm(r.update)) and math.isfinite(r.loss) for r in exploded)
+    again = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["sgd"])]
+    assert all(torch.equal(one, other) for one, other in zip(clean, again, strict=True))
+
+
+def test_a_label_that_is_no_class_is_refused():
+    model = network("mlp", False, torch.float32)
+    clients = federation(SHAPES["mlp"], torch.float32)
+    clients[2].y[1] = 4
+    with pytest.raises(Refused, match="client 2: a label is not one of the 4 classes"):
+        list(NativeTrainer(model).train(start_of(model), clients, PLANS["sgd"]))
+
+
+def test_a_client_without_examples_returns_nothing():
+    model = network("mlp", False, torch.float32)
+    (result,) = NativeTrainer(model).train(start_of(model), federation(SHAPES["mlp"], torch.float32, sizes=(0,)), PLANS["sgd"])
+    assert math.isnan(result.loss)
+    assert not result.update.any()
+
+
+def test_a_start_that_changes_in_place_is_read_again():
+    model = network("mlp", False, torch.float32)
+    trainer, start = NativeTrainer(model), start_of(model)
+    list(trainer.train(start, federation(SHAPES["mlp"], torch.float32), PLANS["sgd"]))
+    start.mul_(2)
+    (again, *_) = trainer.train(start, federation(SHAPES["mlp"], torch.float32), PLANS["sgd"])
+    (fresh, *_) = NativeTrainer(copy.deepcopy(model)).train(start.clone(), federation(SHAPES["mlp"], torch.float32), PLANS["sgd"])
+    assert torch.equal(again.update, fresh.update)
+
+
+def test_private_plans_are_those_of_the_loop():
+    plan = LocalPlan(epochs=1, batch_size=5, lr=0.05, dp=DpSgdPlan(1.0, 1.0))
+
+    def private():
+        clients = federation(SHAPES["mlp"], torch.float32)
+        return [
+            type(c)(c.client, c.x, c.y, client_rng(1, 1, c.client, 1), client_rng(1, 1, c.client, 2)) for c in clients
+        ]  # fmt: skip
+
+    loop, _ = updates(LoopTrainer(network("mlp", False, torch.float32)), private(), plan)
+    native, _ = updates(NativeTrainer(network("mlp", False, torch.float32)), private(), plan)
+    assert torch.equal(native, loop)
+
+
+@pytest.mark.parametrize("name", ["cnn", "lenet", "imu_cnn"])
+def test_no_window_ties(name):
+    """In training, no pooling window of the reference has two first places."""
+    model, smallest = network(name, True, torch.float64), [1.0]
+
+    def watch(_module, inputs):
+        windows = inputs[0].detach().unfold(-1, 2, 2)
+        if windows.dim() == 5:
+            windows = windows.unfold(2, 2, 2).flatten(-2)
+        best = windows.topk(2, -1).values
+        contested = best[..., 0] > 0
+        smallest[0] = min(smallest[0], float((best[..., 0] - best[..., 1])[contested].min()))
+
+    for layer in model:
+        if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
+            layer.register_forward_pre_hook(watch)
+    for plan in PLANS.values():
+        updates(LoopTrainer(model), federation(SHAPES[name], torch.float64, sizes=FEW), plan)
+    assert smallest[0] > 1e-9

@@ -134,6 +134,17 @@ def enrol_ca_keygen(out: Out, as_json: Json = False) -> None:
     _signing_keygen(out, "enrolment key", as_json=as_json)
 
 
+@enrol_ca.command(name="request")
+def enrol_ca_request(out: Out) -> None:
+    """On a client: make its identity key. DIR/identity.pub goes to whoever enrols; the certificate comes back into DIR."""
+    with clear_errors():
+        from fedcore.secagg.keys import IDENTITY, new_directory, new_signing_key
+
+        with new_directory(out) as fresh:
+            new_signing_key(fresh, IDENTITY)
+        print(f"{out / 'identity.pub'}: to be signed by enrol-ca sign; certificate.json, trust.json and trust.pub go into {out}")
+
+
 @enrol_ca.command(name="sign")
 def enrol_ca_sign(
     directory: Directory,

@@ -6,7 +6,7 @@ import math
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.serverapp.strategy import Strategy
 
@@ -28,6 +28,7 @@ from fedcore.secagg.sums import ScoreSum, UpdateSum, plan_update_sum
 from fedcore.secagg.trust import check_trust
 from fedcore.training.client import RoundTask
 
+_LONGEST = 3600  # seconds that operators let a round take, unless their policy says otherwise
 _PATIENCE = 20.0  # seconds for which an operator is asked again before the round goes on without it
 
 __all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_committee"]
@@ -164,7 +165,7 @@ def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
         point: RemoteMember(point, address, fingerprint, trust, credentials=own, patience=_PATIENCE)
         for point, (address, fingerprint) in enumerate(zip(one.operators, one.operator_fingerprints, strict=True), 1)
     }
-    return Committee(trust, secured.policy, members)
+    return Committee(trust, replace(secured.policy, longest_round=_LONGEST), members)
 
 
 def _assumed(config: RunConfig, protection: Protection, clients: int) -> tuple[int, int, float]:

@@ -29,7 +29,7 @@ from fedcore.training.client import RoundTask
 __all__ = ["SecureGrid", "Terms"]
 
 _SHARDS = 0x73686172  # purpose of the draw of shards
-_MARGIN = 600  # seconds that a round's keys live beyond the wait for its clients
+_MARGIN, _SKEW = 600, 30  # seconds that a round's keys live beyond the wait for its clients, and that clocks may differ
 
 
 class InnerGrid(Protocol):
@@ -154,7 +154,7 @@ class SecureGrid(ClientGrid):
 
     def _attempt(self, part: Sequence[Message], task: RoundTask, timeout: float | None, lost: set[int]) -> list[Message]:
         self._attempts += 1
-        wait = min(int(timeout or 3600) + _MARGIN, self._made_by.policy.longest_round - 1)
+        wait = min(int(timeout or 3600) + _MARGIN, self._made_by.policy.longest_round - _SKEW)
         one = SecureRound(self._made_by, Visit(self._task, self._attempts, int(time.time()) + wait))
         offers = one.offers()
         dropped: dict[int, str] = {}

@@ -110,11 +110,11 @@ class SuperLinkGrid(ClientGrid):
             RoundFailed: no client gave a usable reply within ``timeout`` seconds.
         """
         self.observed, sent = Facts(), list(messages)
-        if self.mean:
-            check_one_content(sent)
         check_addressees(sent, [self._node_of[client] for client in self.nodes] or [NOBODY])
         if sent and visit_of(sent[0]):  # secure aggregation screens what comes back: all of it is opaque here
             return list(self._grid.send_and_receive(sent, timeout=timeout))
+        if self.mean:
+            check_one_content(sent)
         if sent and (task := _task(sent[0])).release and kind_of(sent[0]) == MessageType.TRAIN:
             return self._publish(sent, task, timeout)
         parts, dropped = self._parts(sent, timeout)

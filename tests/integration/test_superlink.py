@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -31,6 +32,7 @@ class Federation:
     def __init__(self, folder: Path):
         self.folder = folder
         self.started: list[psutil.Popen] = []
+        self.link, *self.ports = free_ports(3)
         self.environment = {
             **os.environ, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "FLWR_HOME": str(folder / "home"),
             "FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
@@ -45,6 +47,15 @@ class Federation:
             )  # fmt: skip
         self.started.append(process)
         return process
+
+    def start_nodes(self, enrolments: list[Path | None]) -> None:
+        for partition, (enrolment, port) in enumerate(zip(enrolments, self.ports, strict=True)):
+            enrolled = f' enrolment="{enrolment}"' if enrolment else ""
+            self.start(
+                f"supernode-{partition}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{self.link}",
+                "--host", "127.0.0.1", "--port", str(port), "--node-config", f"partition-id={partition}{enrolled}",
+            )  # fmt: skip
+        wait_until_healthy(f"127.0.0.1:{self.link}")
 
     def stop(self) -> None:
         running = [process for process in self.started if process.is_running()]
@@ -81,27 +92,27 @@ def wait_until_healthy(address: str) -> None:
 
 
 @pytest.fixture
-def federation(tmp_path):
-    """A SuperLink with two SuperNodes, known to ``flwr run`` as the connection ``local``."""
+def bare_federation(tmp_path):
+    """A SuperLink, known to ``flwr run`` as the connection ``local``."""
     found = Federation(tmp_path)
-    link, *ports = free_ports(3)
     (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(f'[superlink.local]\naddress = "127.0.0.1:{link}"\ninsecure = true\n')
+    (tmp_path / "home" / "config.toml").write_text(f'[superlink.local]\naddress = "127.0.0.1:{found.link}"\ninsecure = true\n')
     try:
-        found.start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(link))
-        for partition, port in enumerate(ports):
-            found.start(
-                f"supernode-{partition}", "flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{link}",
-                "--host", "127.0.0.1", "--port", str(port), "--node-config", f"partition-id={partition}",
-            )  # fmt: skip
-        wait_until_healthy(f"127.0.0.1:{link}")
+        found.start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(found.link))
         yield found
     finally:
         found.stop()
 
 
-def master(run: Path) -> np.ndarray:
-    return safetensors.numpy.load_file(run / "checkpoints" / "round-000002.safetensors")["master"]
+@pytest.fixture
+def federation(bare_federation):
+    """The same with two SuperNodes."""
+    bare_federation.start_nodes([None, None])
+    return bare_federation
+
+
+def master(run: Path, rounds: int = 2) -> np.ndarray:
+    return safetensors.numpy.load_file(run / "checkpoints" / f"round-{rounds:06d}.safetensors")["master"]
 
 
 def test_two_rounds_over_a_superlink_give_the_simulated_model(federation, tmp_path):
@@ -130,3 +141,76 @@ def test_two_rounds_over_a_superlink_give_the_simulated_model(federation, tmp_pa
     result = json.loads((out / "result.json").read_text())
     assert result["strategy_replies"] == "one mean reply"
     assert (out / "report.html").exists()
+
+
+class Committee:
+    """Three operators, an enrolment key and a signed bundle, made and run by fedcore's own commands."""
+
+    def __init__(self, federation: Federation):
+        self.folder, self.federation = federation.folder, federation
+        self.command("trust", "keygen", "--out", "root")
+        self.command("enrol-ca", "keygen", "--out", "ca")
+        made = [json.loads(self.command("committee", "keygen", "--out", f"m{a}", "--json")) for a in (1, 2, 3)]
+        self.fingerprints = [one["fingerprint"] for one in made]
+        members = [part for a in (1, 2, 3) for part in ("--member", f"m{a}/identity.pub")]
+        self.command(
+            "trust", "bundle", "root", "--population", "nodes", "--threshold", "3", "--corrupt", "2", *members,
+            "--enrol-ca", "ca/signing.pub", "--out", "bundle.json",
+        )  # fmt: skip
+        (self.folder / "policy.toml").write_text("minimum_survivors = 2\ncorrupt_clients = 0\nnoise_multiplier = 0\n")
+
+    def command(self, *arguments: str) -> str:
+        return subprocess.run(
+            [BIN / "fedcore", *arguments], cwd=self.folder, check=True, capture_output=True, text=True, timeout=60
+        ).stdout  # fmt: skip
+
+    def enrol(self, node: str) -> Path:
+        self.command("enrol-ca", "request", "--out", node)
+        self.command(
+            "enrol-ca", "sign", "ca", "--key", f"{node}/identity.pub", "--population", "nodes", "--out", f"{node}/certificate.json"
+        )
+        shutil.copy(self.folder / "bundle.json", self.folder / node / "trust.json")
+        shutil.copy(self.folder / "root" / "signing.pub", self.folder / node / "trust.pub")
+        return self.folder / node
+
+    def serve(self) -> list[str]:
+        addresses = [f"127.0.0.1:{port}" for port in free_ports(3)]
+        for a, address in enumerate(addresses, 1):
+            self.federation.start(
+                f"member-{a}", "fedcore", "committee", "serve", f"m{a}", "--trust", "bundle.json", "--root", "root/signing.pub",
+                "--policy", "policy.toml", "--listen", address,
+            )  # fmt: skip
+        return addresses
+
+
+def test_nodes_mask_what_they_send_and_the_sum_is_the_simulated_one(bare_federation, tmp_path):
+    committee = Committee(bare_federation)
+    bare_federation.start_nodes([committee.enrol(f"node-{i}") for i in range(2)])
+    scenario = tmp_path / "scenario.toml"
+    scenario.write_text(
+        '[run]\nname = "masked"\nrounds = 1\n[data]\ndataset = "digits"\nclients = 2\nholdout = 0.1\n[model]\nname = "mlp"\n'
+        "[quantization]\nenabled = false\n[evaluation]\nfederated_every = 1\n[secagg]\nenabled = true\n"
+        f"operators = {json.dumps(committee.serve())}\noperator_fingerprints = {json.dumps(committee.fingerprints)}\n"
+        f'trust = "{tmp_path}/bundle.json"\ntrust_key = "{tmp_path}/root/signing.pub"\n'
+    )
+    out = tmp_path / "over-superlink"
+    command = bare_federation.start(
+        "flwr-run", "flwr", "run", str(APP), "local", "--stream", "--run-config", f'out="{out}" scenario="{scenario}"'
+    )
+    assert command.wait(PATIENCE) == 0
+    assert (out / "result.json").exists(), "the run failed"
+
+    unmasked = scenario.read_text().partition("[secagg]")[0] + '[secagg]\nenabled = true\nsimulate = "arithmetic"\n'
+    (tmp_path / "unmasked.toml").write_text(unmasked)
+    with SimulatedRun(load_config(tmp_path / "unmasked.toml"), tmp_path / "simulated", resume=False) as run:
+        simulated = list(run.rounds())
+        run.finish()
+    # Nodes round with randomness of their own: to a step of 2^-20, of what both trained to the same bits.
+    assert np.abs(master(out, 1) - master(tmp_path / "simulated", 1)).max() < 1e-5
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    for entry, expected in zip(metrics, simulated, strict=True):
+        assert (entry["replies"], entry["failed"], entry["dropped"]) == (2, 0, [])
+        assert entry["secure"][0]["members"] == [1, 2, 3]
+        assert entry["train_loss"] == pytest.approx(expected["train_loss"], abs=1e-3)
+    assert metrics[-1]["federated"]["accuracy"] == pytest.approx(simulated[-1]["federated"]["accuracy"], abs=0.02)
+    assert "3 operators" in json.loads((out / "result.json").read_text())["secure_aggregation"]["committee"]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from fedcore.errors import Refused
 from fedcore.quantization.layers import activation_ranges
 from fedcore.quantization.wire import ActivationRange
-from fedcore.training.ghost import PerExample
 from fedcore.training.per_example import GradientChoice, check_per_example
 from fedcore.training.plan import ClientData, LocalPlan
+from fedcore.training.rules import PerExample
 
 __all__ = ["GaussianNoise", "PrivateSteps", "add_clipped", "clipping_factors", "noise_of"]
 

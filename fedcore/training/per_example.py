@@ -1,8 +1,8 @@
 """Which way per-example gradients are taken, and the proof that the way taken is right for the model at hand.
 
-Opacus's hooks, the reference, serve any model that they serve at all; `ghost` is faster for known layers. Both can be wrong
-without any error (a parameter that is used outside its own layer's call, a rounding that autograd does not see): so each is
-compared with one backward pass per example before a model trains privately.
+Opacus's hooks, the reference, serve any model that they serve at all; `ghost` is faster for known layers, `chain` for known
+layers in a row. All can be wrong without any error (a parameter that is used outside its own layer's call, a rounding that
+autograd does not see): so each is compared with one backward pass per example before a model trains privately.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcore.errors import Refused
-from fedcore.training.ghost import GhostGradients, Materialised, Part, PerExample, why_not_ghost
+from fedcore.training.chain import ChainGradients, why_not_chain
+from fedcore.training.ghost import GhostGradients, why_not_ghost
+from fedcore.training.rules import Materialised, Part, PerExample
 
 __all__ = ["GradientChoice", "OpacusGradients", "check_per_example", "choose_gradients"]
 
@@ -74,6 +76,7 @@ class OpacusGradients:
 
 
 _PATHS: dict[str, Callable[[nn.Module], AbstractContextManager[PerExampleGradients]]] = {
+    "chain": ChainGradients,
     "ghost-channels-last": partial(GhostGradients, channels_last=True),
     "ghost": partial(GhostGradients, channels_last=False),
     "opacus": OpacusGradients,
@@ -82,7 +85,7 @@ _PATHS: dict[str, Callable[[nn.Module], AbstractContextManager[PerExampleGradien
 
 @dataclass(frozen=True)
 class GradientChoice:
-    """The way per-example gradients are taken ("ghost-channels-last", "ghost" or "opacus") and the rule that chose it."""
+    """The way per-example gradients are taken ("chain", "ghost-channels-last", "ghost" or "opacus") and the rule that chose it."""
 
     path: str
     reason: str
@@ -93,13 +96,15 @@ class GradientChoice:
 
 
 def choose_gradients(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
-    """Ghost norms where every trainable layer is known and they agree with one backward pass per example of x [n, ...], y [n].
+    """The fastest way that agrees with one backward pass per example of x [n, ...], y [n]; Opacus's where no other does.
 
-    In channels-last format where the model has a 2d convolution and its forward pass can do with it.
+    Ghost norms run in channels-last format where the model has a 2d convolution and its forward pass can do with it.
     """
     against = why_not_ghost(model)
     if against:
         return GradientChoice("opacus", against)
+    if not why_not_chain(model) and not _fault("chain", model, x, y):
+        return GradientChoice("chain", _AGREES)
     if any(isinstance(layer, nn.Conv2d) for layer in model.modules()) and not _fault("ghost-channels-last", model, x, y):
         return GradientChoice("ghost-channels-last", _AGREES)
     against = _fault("ghost", model, x, y)

@@ -20,7 +20,7 @@ from fedcore.training.vmap import VmapTrainer
 
 SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
 SIZES = (11, 1, 7, 0, 4)
-PATHS = ("ghost-channels-last", "ghost", "opacus")
+PATHS = ("chain", "ghost-channels-last", "ghost", "opacus")
 PRIVATE = LocalPlan(2, 5, 0.05, 0.9, 0.01, 0.1, dp=DpSgdPlan(clipping_norm=0.7, noise_multiplier=0.8))
 
 
@@ -339,12 +339,13 @@ def test_dropout_is_a_function_of_the_clients_generator():
     assert torch.equal(first.update, second.update)
 
 
-def test_the_clipped_sum_never_exceeds_the_bound_per_example():
+@pytest.mark.parametrize("path", PATHS)
+def test_the_clipped_sum_never_exceeds_the_bound_per_example(path):
     model = network("cnn", False)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     data = client(0, 20, SHAPES["cnn"])
-    with GradientChoice("ghost", "").open(model) as gradients:
+    with GradientChoice(path, "").open(model) as gradients:
         for i in range(20):
             for parameter in model.parameters():
                 parameter.grad.zero_()

@@ -72,8 +72,8 @@ class SecureGrid(ClientGrid):
     def __init__(self, inner: InnerGrid, layout: ParameterLayout, terms: Terms, committee: Committee | None, task: str) -> None:
         if committee is None and not inner.simulated:
             raise Refused('secagg.simulate = "arithmetic" would show the coordinator what real clients send; it is for simulations')
-        masked = f"masked, {len(committee.members)} committee members" if committee else "sums as of secure aggregation, unmasked"
-        self.mean, self.place, self.simulated = terms.shards == 1, f"{inner.place}; {masked}", inner.simulated
+        self.mean, self.simulated = terms.shards == 1, inner.simulated
+        self.place = f"{inner.place}; {_describe(committee)}"
         self.blind = committee is not None
         self.observed = Facts()
         self.blamed: dict[str, str] = {}
@@ -260,6 +260,13 @@ class SecureGrid(ClientGrid):
         if self._committee is None:
             raise RoundFailed("there is no committee")
         return self._committee
+
+
+def _describe(committee: Committee | None) -> str:
+    if committee is None:
+        return "the sums of secure aggregation, unmasked"
+    where = "operators" if committee.separate else "members in this process, which separates no trust"
+    return f"secure aggregation, a committee of {len(committee.members)} {where}"
 
 
 def _integers(task: RoundTask) -> Summation:

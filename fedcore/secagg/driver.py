@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from fedcore.errors import Refused, RoundFailed, TryAgain
 from fedcore.secagg.client import split_upload
-from fedcore.secagg.committee import CommitteeMember
+from fedcore.secagg.committee import CommitteeMember, LocalMember
 from fedcore.secagg.coordinator import Coordinator
 from fedcore.secagg.masks import Words, add_packed, zeros
 from fedcore.secagg.messages import CheckIn, Header, Offer, OfferRequest, TrustBundle
@@ -34,6 +34,11 @@ class Committee:
     trust: TrustBundle
     policy: Policy
     members: Mapping[int, CommitteeMember]
+
+    @property
+    def separate(self) -> bool:
+        """Whether the members are processes of others: those in this process separate no trust."""
+        return not any(isinstance(member, LocalMember) for member in self.members.values())
 
     def close(self) -> None:
         """Close all members."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fedcore.native.blocks import LANES, Linear
-from fedcore.native.tiles import Target, balanced, finish, function, live
+from fedcore.native.tiles import Target, balanced, counted, finish, function, live
 
 __all__ = ["dense_finish", "dense_forward", "dense_input_gradient", "dense_masked", "dense_update"]
 
@@ -42,7 +42,7 @@ def _forward_rows(head: str, block: Linear, target: Target, rows: int) -> str:
     body, at = [], 0
     if rows > target.accumulators:
         return _forward_split(head, block, target, rows)
-    for wide, repeat in [(size, balanced(outputs, most).count(size)) for size in sorted({*balanced(outputs, most)}, reverse=True)]:
+    for wide, repeat in counted(balanced(outputs, most)):
         each = [(b, c) for b in range(rows) for c in range(wide)]
         body.append(f"for (long o = {at}; o < {at + wide * repeat}; o += {wide}) {{")
         body += [f"V16 a{b}_{c} = (V16){{0}};" for b, c in each]
@@ -162,7 +162,7 @@ def _backward_rows(head: str, block: Linear, target: Target, rows: int) -> str:
 
 
 def dense_update(name: str, block: Linear, target: Target) -> str:
-    """``name(d, x, w, start, velocity, g, rule, rows, first, last)``: the weight gradient of a batch's rows and the step.
+    """``name(d, x, w, now, start, velocity, g, rule, rows, first, last)``: a batch's weight gradient, the step from now to w.
 
     A batch that comes in several parts is summed in g: ``first`` begins it, ``last`` makes the step.
     """
@@ -180,7 +180,8 @@ def dense_update(name: str, block: Linear, target: Target) -> str:
             kernels.append(_update_tile(f"{name}_{size}x{width}", block, size, width))
             body.append(f"for (long i = {across}; i < {end}; i += {width * LANES}) {{")
             body.append(f"const long at = o * {block.inputs} + i;")
-            body.append(f"{name}_{size}x{width}(d + o, x + i, w + at, start + at, velocity + at, g + at, rule, rows, first, last);")
+            blobs = "w + at, now + at, start + at, velocity + at, g + at"
+            body.append(f"{name}_{size}x{width}(d + o, x + i, {blobs}, rule, rows, first, last);")
             body.append("}")
             across = end
         body.append("}")
@@ -189,7 +190,7 @@ def dense_update(name: str, block: Linear, target: Target) -> str:
 
 
 _UPDATE = (
-    "const real *restrict d, const real *restrict x, real *restrict w, const real *restrict start, real *restrict velocity, "
+    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *start, real *restrict velocity, "
     "real *restrict g, const Rule *rule, long rows, int first, int last"
 )
 
@@ -209,8 +210,8 @@ def _update_tile(head: str, block: Linear, tall: int, wide: int) -> str:
     body.append("if (!last) {")
     body += [f"store16(g + {at}, a{o}_{c});" for o, c, at in each]
     body.append("} else if (rule->plain) {")
-    body += [f"plain16(w + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body += [f"plain16(w + {at}, now + {at}, a{o}_{c}, rule);" for o, c, at in each]
     body.append("} else {")
-    body += [f"step16(w + {at}, start + {at}, velocity + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body += [f"step16(w + {at}, now + {at}, start + {at}, velocity + {at}, a{o}_{c}, rule);" for o, c, at in each]
     body.append("}")
     return function(f"{head}({_UPDATE})", body)

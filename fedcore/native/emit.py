@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcore.native import dense, forward, gradients, plain
-from fedcore.native.blocks import Block, Blocks, Conv, Depthwise, Linear, Pointwise, Pooling
+from fedcore.native import dense, forward, input_gradients, plain, weight_gradients
+from fedcore.native.blocks import Block, Blocks, Conv, Depthwise, Linear, Parameter, Pointwise, Pooling
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import Target, marks
 
@@ -48,7 +48,7 @@ class _Writer:
             yield dense.dense_masked(f"masked{i}", block)
         elif i >= self.blocks.first:
             biased = isinstance(block, (Conv, Depthwise)) and block.bias is not None
-            yield gradients.masked_gradient(f"masked{i}", block, biased)
+            yield weight_gradients.masked_gradient(f"masked{i}", block, biased)
         if self._learns(i, block):
             yield self._weight_kernel(i, block)
         if i > self.blocks.first:
@@ -72,9 +72,9 @@ class _Writer:
             case Linear():
                 return dense.dense_update(f"update{i}", block, self.target)
             case Conv():
-                return gradients.conv_weight_gradient(f"weight{i}", block, self.target)
+                return weight_gradients.conv_weight_gradient(f"weight{i}", block, self.target)
             case Depthwise():
-                return gradients.depthwise_weight_gradient(f"weight{i}", block, self.target)
+                return weight_gradients.depthwise_weight_gradient(f"weight{i}", block, self.target)
             case _:
                 return ""
 
@@ -83,9 +83,9 @@ class _Writer:
             case Linear():
                 return dense.dense_input_gradient(name, block, self.target, self.memory.rows)
             case Conv():
-                return gradients.conv_input_gradient(name, block, self.target)
+                return input_gradients.conv_input_gradient(name, block, self.target)
             case Depthwise():
-                return gradients.depthwise_input_gradient(name, block)
+                return input_gradients.depthwise_input_gradient(name, block)
             case Pooling():
                 return plain.pool_input_gradient(name, block)
             case Pointwise():
@@ -116,10 +116,14 @@ class _Writer:
 
     def _weights(self, i: int, block: Conv | Depthwise | Linear) -> str:
         """The weights that the layer computes with."""
-        return self._at(f"q{i}") if block.layer.rounded else f"w + {block.weight.offset}"
+        return self._at(f"q{i}") if block.layer.rounded else _place(block.weight)
 
-    def _bias(self, block: Conv | Depthwise | Linear, blob: str) -> str:
-        return f"{blob} + {block.bias.offset}" if block.bias else blob
+    def _bias(self, block: Conv | Depthwise | Linear) -> str:
+        return _place(block.bias) if block.bias else "now"
+
+    def _bias_gradient(self, block: Block) -> str:
+        bias = block.bias if isinstance(block, (Conv, Depthwise, Linear)) else None
+        return f"g + {bias.offset}" if bias else "g"
 
     def _range(self, block: Block) -> str:
         return f"job->ranges + {block.quantizer or 0}"
@@ -129,12 +133,12 @@ class _Writer:
         body = []
         for i, block in enumerate(self.blocks.blocks):
             if isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded:
-                body.append(f"grid{i}(w + {block.weight.offset}, {self._at(f'q{i}')});")
+                body.append(f"grid{i}({_place(block.weight)}, {self._at(f'q{i}')});")
             if isinstance(block, Conv) and not block.by_tap:
                 body.append(f"transposed{i}({self._weights(i, block)}, {self._at(f't{i}')});")
         small = [p for p in self.blocks.parameters if p.name not in self.linear_weights]
         body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in plain.merged(small)]
-        return "\n".join(["KERNEL void begin_batch(real *work, real *w) {", *body, "}", ""])
+        return "\n".join(["KERNEL void begin_batch(real *work, const real *now, const real *start) {", *body, "}", ""])
 
     def part(self) -> str:
         """Forward, loss and backward of some rows of a batch, and the step of fully connected layers."""
@@ -144,9 +148,10 @@ class _Writer:
         lines.append(f"loss({self._out(last)}, job->y[order[s]], {self._gradient(last)}, share, &job->loss);")
         lines += self._backward()
         arguments = "Job *job, const int64_t *order, long rows, real share, const Rule *rule, int first, int last, real *check"
+        arguments += ", const real *now"
         head = f"KERNEL void part({arguments})"
-        names = ["real *const work = job->work;", "uint8_t *const bytes = job->bytes;", f"real *const w = {self._at('w')};",
-                 f"real *const g = {self._at('g')}, *const velocity = {self._at('velocity')};"]  # fmt: skip
+        names = ["real *const work = job->work;", "uint8_t *const bytes = job->bytes;", "const real *const start = job->start;",
+                 f"real *const w = {self._at('w')};", f"real *const g = {self._at('g')}, *const velocity = {self._at('velocity')};"]  # fmt: skip
         return "\n".join([f"{head} {{", *names, *lines, "}", ""])
 
     def _forward(self) -> Iterator[str]:
@@ -161,7 +166,7 @@ class _Writer:
                     yield "}"
                 inside = False
                 yield f"forward{i}({self._out(i - 1, row=False)}, {self._weights(i, block)}, {self._out(i, row=False)}, rows);"
-                bias, mark = self._bias(block, "w"), self._mark(i, row=False)
+                bias, mark = self._bias(block), self._mark(i, row=False)
                 yield f"finish{i}({self._out(i, row=False)}, {bias}, {mark}, {self._range(block)}, rows);"
                 continue
             if not inside:
@@ -176,7 +181,7 @@ class _Writer:
         if isinstance(block, (Conv, Depthwise)):
             rows = isinstance(block, Conv) and not block.by_tap
             weights = self._at(f"t{i}") if rows else self._weights(i, block)
-            return f"forward{i}({self._out(i - 1)}, {weights}, {self._bias(block, 'w')}, {out}, {mark}, {target});"
+            return f"forward{i}({self._out(i - 1)}, {weights}, {self._bias(block)}, {out}, {mark}, {target});"
         return f"forward{i}({self._out(i - 1, block.source.origin)}, {out}, {mark}, {target});"
 
     def _backward(self) -> Iterator[str]:
@@ -194,19 +199,18 @@ class _Writer:
 
     def _linear_backward(self, i: int, block: Linear) -> Iterator[str]:
         d, out = self._gradient(i, row=False), self._out(i, row=False)
-        yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias(block, 'g')}, rows);"
+        yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias_gradient(block)}, rows);"
         if i > self.blocks.first:
             yield f"input{i}({d}, {self._weights(i, block)}, {self._gradient(i - 1, row=False)}, rows);"
         if self._learns(i, block):
             at = block.weight.offset
-            blobs = f"w + {at}, job->start + {at}, velocity + {at}, g + {at}"
+            blobs = f"w + {at}, now + {at}, start + {at}, velocity + {at}, g + {at}"
             yield f"update{i}({d}, {self._out(i - 1, row=False)}, {blobs}, rule, rows, first, last);"
 
     def _plane_backward(self, i: int, block: Block) -> Iterator[str]:
         origin, gm, mark = block.target.origin, self._at("gm"), self._mark(i)
         at = f"(word *)({self._at('at')})" if "at" in self.memory.places else "(word *)work"
-        bias = self._bias(block, "g") if isinstance(block, (Conv, Depthwise)) else "g"
-        yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {bias});"
+        yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {self._bias_gradient(block)});"
         if self._learns(i, block) and isinstance(block, (Conv, Depthwise)):
             inputs = f"{gm}, {at}, {mark}" if isinstance(block, Conv) else gm
             yield f"weight{i}({self._out(i - 1)}, {inputs}, g + {block.weight.offset});"
@@ -232,24 +236,25 @@ __attribute__((visibility("default"))) int train(Job *job) {{
     rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
     for (long i = 0; i < job->examples; i++)
         if (job->y[i] < 0 || job->y[i] >= {self.blocks.network.classes}) return 1;
-    copy(w, job->start, {blob});
-    clear(velocity, {blob});
+    if (!rule.plain) clear(velocity, {blob});
     job->loss = 0;
     real check = 0;
+    const real *now = job->start;
     for (long epoch = 0; epoch < job->epochs; epoch++)
         for (long begin = 0; begin < job->examples; begin += job->batch) {{
             const long left = job->examples - begin, count = left < job->batch ? left : job->batch;
             const long parts = (count + {self.memory.rows - 1}) / {self.memory.rows};
             const int64_t *order = job->order + epoch * job->examples + begin;
-            begin_batch(work, w);
+            begin_batch(work, now, job->start);
             for (long p = 0; p < parts; p++) {{
                 const long rows = count / parts + (p < count % parts);
-                part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, &check);
+                part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, &check, now);
                 order += rows;
             }}
-            small_steps(w, job->start, velocity, {self._at("g")}, &rule);
+            small_steps(w, now, job->start, velocity, {self._at("g")}, &rule);
+            now = w;
         }}
-    export_update(w, job->start, job->update);
+    export_update(now, job->start, job->update);
     if (check != 0) {{
         for (long i = 0; i < {count}; i++) job->update[i] = check;
         job->loss = (double)check;
@@ -257,3 +262,8 @@ __attribute__((visibility("default"))) int train(Job *job) {{
     return 0;
 }}
 """
+
+
+def _place(parameter: Parameter) -> str:
+    """Where a parameter is read: frozen ones stay where the start is."""
+    return f"{'now' if parameter.trainable else 'start'} + {parameter.offset}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from fedcore.native.blocks import Conv, Depthwise, lanes_of
-from fedcore.native.tiles import Target, balanced, finish, function, pixels
+from fedcore.native.tiles import Target, balanced, counted, finish, function, pixels
 
 __all__ = ["conv_forward", "depthwise_forward"]
 
@@ -31,7 +31,7 @@ def conv_forward(name: str, block: Conv, target: Target) -> str:
     at_vector = 0
     for c in groups:
         at = 0
-        for t, repeat in _runs(tiles):
+        for t, repeat in counted(tiles):
             shift = at_vector * lanes
             call = (
                 f"{name}_{t}x{c}(x + {at * step} + i * {t * step}, w + {shift}, bias + {shift}, "
@@ -49,11 +49,6 @@ _ARGUMENTS = (
     "const real *restrict x, const real *restrict w, const real *restrict bias, real *restrict out, uint8_t *restrict mark, "
     "const Range *range"
 )
-
-
-def _runs(tiles: list[int]) -> Iterator[tuple[int, int]]:
-    for size in sorted(set(tiles), reverse=True):
-        yield size, tiles.count(size)
 
 
 def _flattens(block: Conv) -> bool:
@@ -85,6 +80,12 @@ def _tile_kernel(head: str, block: Conv, lanes: int, columns: int, vectors: int)
     ]  # fmt: skip
     bias = [f"load{lanes}(bias + {c * lanes})" if block.bias else f"(V{lanes}){{0}}" for c in range(vectors)]
     body = [f"V{lanes} a{t}_{m}_{c} = {bias[c]};" for t, m, _ in places for c in range(vectors)]
+    if block.taps <= 12:
+        body += _unrolled(block, lanes, places, vectors)
+        for t in range(columns):
+            for c in range(vectors):
+                body += ["{", *_maximum(block, lanes, t, c), *_stored(block, lanes, t, c), "}"]
+        return function(f"{head}({_ARGUMENTS})", body)
     body.append(f"for (long r = 0; r < {kh}; r++, x += {source.row - kw * source.depth}) {{")
     if source.depth == source.channels:
         body.append(f"for (long k = 0; k < {kw * source.depth}; k++, x++, w += {depth}) {{")
@@ -100,6 +101,19 @@ def _tile_kernel(head: str, block: Conv, lanes: int, columns: int, vectors: int)
         for c in range(vectors):
             body += ["{", *_maximum(block, lanes, t, c), *_stored(block, lanes, t, c), "}"]
     return function(f"{head}({_ARGUMENTS})", body)
+
+
+def _unrolled(block: Conv, lanes: int, places: list[tuple[int, int, int]], vectors: int) -> Iterator[str]:
+    """The sums of a tile without a loop, for few taps."""
+    (kh, kw), source = block.layer.kernel, block.source
+    taps = [(r, s, k) for r in range(kh) for s in range(kw) for k in range(source.channels)]
+    for number, (r, s, k) in enumerate(taps):
+        yield "{"
+        yield from (f"V{lanes} w{c} = load{lanes}(w + {number * block.target.depth + c * lanes});" for c in range(vectors))
+        for t, m, offset in places:
+            at = offset + r * source.row + s * source.depth + k
+            yield from (f"a{t}_{m}_{c} = a{t}_{m}_{c} + w{c} * x[{at}];" for c in range(vectors))
+        yield "}"
 
 
 def _maximum(block: Conv, lanes: int, t: int, c: int) -> Iterator[str]:
@@ -157,7 +171,7 @@ class Correlation:
             yield f"V{lanes} w{r}_{s} = load{lanes}(w + {tap * self.depth} + v);"
         yield f"for (long h = 0; h < {self.size[0]}; h++) {{"
         at = 0
-        for tile, repeat in _runs(balanced(self.size[1], 8)):
+        for tile, repeat in counted(balanced(self.size[1], 8)):
             yield f"for (long i = {at}; i < {at + tile * repeat}; i += {tile}) {{"
             yield f"const real *p = x + h * {self.steps[0]} + i * {self.steps[1]} + v;"
             for t in range(tile):

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedcore.native.blocks import LANES, Blocks, Conv, Depthwise, Linear, padded
-from fedcore.native.gradients import by_position, spread_size
+from fedcore.native.input_gradients import spread_size
 from fedcore.native.tiles import marks
+from fedcore.native.weight_gradients import by_position
 
 __all__ = ["Memory", "plan_memory"]
 

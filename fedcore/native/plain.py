@@ -187,14 +187,16 @@ def transposed(name: str, block: Conv) -> str:
 
 
 def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
-    """``name(w, start, velocity, g, rule)``: the optimizer's step of ranges (offset, size) of the blob."""
+    """``name(w, now, start, velocity, g, rule)``: the optimizer's step of ranges (offset, size) of the blob."""
     body = []
-    for keyword, call in (("if (rule->plain)", "plain16(w + i, load16(g + i), rule)"),
-                          ("if (!rule->plain)", "step16(w + i, start + i, velocity + i, load16(g + i), rule)")):  # fmt: skip
-        body.append(f"{keyword} {{")
+    for case, call in (
+        ("rule->plain", "plain16(w + i, now + i, load16(g + i), rule)"),
+        ("!rule->plain", "step16(w + i, now + i, start + i, velocity + i, load16(g + i), rule)"),
+    ):
+        body.append(f"if ({case}) {{")
         body += [f"for (long i = {offset}; i < {offset + size}; i += {LANES}) {call};" for offset, size in ranges]
         body.append("}")
-    head = "real *restrict w, const real *restrict start, real *restrict velocity, const real *restrict g, const Rule *rule"
+    head = "real *w, const real *now, const real *start, real *restrict velocity, const real *restrict g, const Rule *rule"
     return function(f"{name}({head})", body)
 
 
@@ -212,26 +214,56 @@ def merged(parameters: Sequence[Parameter]) -> list[tuple[int, int]]:
 def travel(parameters: Sequence[Parameter]) -> str:
     """``import_start(blob, values)`` and ``export_update(w, start, update)``: between torch's order of the trainable parameters and
     the blob; the update is local minus start."""
-    pairs = list(_places(parameters))
-    into = [f"{loops} blob[{place}] = values[{at}];" for loops, place, at in pairs]
-    out = [f"{loops} update[{at}] = w[{place}] - start[{place}];" for loops, place, at in pairs]
+    into: list[str] = []
+    out: list[str] = []
+    at = 0
+    for parameter in parameters:
+        if parameter.trainable:
+            dims, strides = _joined(parameter.dims, parameter.strides)
+            loops, place, there = _nested(dims, strides, parameter.offset, at)
+            into.append(f"{loops} blob[{place}] = values[{there}];")
+            if len(dims) > 1 and strides[-2] == 1 and dims[-2] % LANES == 0 and dims[-1] >= LANES // 2:
+                out += _transposing(dims, strides, parameter.offset, at)
+            else:
+                out.append(f"{loops} update[{there}] = w[{place}] - start[{place}];")
+            at += math.prod(dims)
     begin = function("import_start(real *restrict blob, const real *restrict values)", into)
     public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
     return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out)
 
 
-def _places(parameters: Sequence[Parameter]) -> Iterator[tuple[str, str, str]]:
-    """Per trainable parameter loops, the place in the blob and the place in torch's order."""
-    at = 0
-    for parameter in parameters:
-        if not parameter.trainable:
-            continue
-        dims, strides = _joined(parameter.dims, parameter.strides)
-        inner = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
-        loops = " ".join(f"for (long i{k} = 0; i{k} < {count}; i{k}++)" for k, count in enumerate(dims))
-        place = " + ".join([str(parameter.offset), *(f"i{k} * {stride}" for k, stride in enumerate(strides))])
-        yield loops, place, " + ".join([str(at), *(f"i{k} * {size}" for k, size in enumerate(inner))])
-        at += math.prod(parameter.dims)
+def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> tuple[str, str, str]:
+    """Loops over a tensor's values, the place of each in the blob and in torch's order."""
+    inner = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
+    loops = " ".join(f"for (long i{k} = 0; i{k} < {count}; i{k}++)" for k, count in enumerate(dims))
+    place = " + ".join([str(offset), *(f"i{k} * {stride}" for k, stride in enumerate(strides))])
+    return loops, place, " + ".join([str(at), *(f"i{k} * {size}" for k, size in enumerate(inner))])
+
+
+def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> Iterator[str]:
+    """The update of a tensor whose last dimension is strided and whose last but one is not, by squares of 16 in registers.
+
+    A square that reaches over the end of a row is stored before the rows that follow, which mend what it spoiled.
+    """
+    (columns, count), step = dims[-2:], strides[-1]
+    loops, place, there = _nested([*dims[:-2], columns // LANES], [*strides[:-2], LANES], offset, 0)
+    there = f"({there}) * {count * LANES} + {at}"
+    yield f"{loops} {{ const real *a = w + {place}, *b = start + {place}; real *to = update + {there};"
+    for first in reversed(range(0, count, LANES)):
+        yield "{"
+        for i in range(LANES):
+            row = (first + i) * step
+            yield f"V16 t{i} = load16(a + {row}) - load16(b + {row});" if first + i < count else f"V16 t{i} = (V16){{0}};"
+        for half in (8, 4, 2, 1):
+            low = [LANES + lane - half if lane & half else lane for lane in range(LANES)]
+            high = [LANES + lane if lane & half else lane + half for lane in range(LANES)]
+            for i in (i for i in range(LANES) if not i & half):
+                pair = f"t{i}, t{i + half}"
+                yield f"{{ V16 l = __builtin_shufflevector({pair}, {', '.join(map(str, low))});"
+                yield f"t{i + half} = __builtin_shufflevector({pair}, {', '.join(map(str, high))}); t{i} = l; }}"
+        yield from (f"store16(to + {i * count + first}, t{i});" for i in range(LANES))
+        yield "}"
+    yield "}"
 
 
 def _joined(dims: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:

@@ -182,14 +182,15 @@ INLINE double logarithm(double x) {
     return 2 * s * p + (double)k * 0.6931471805599453094;
 }
 
-/* The rule of an optimizer step on one vector: torch.optim.SGD with FedProx's term. */
+/* The rule of an optimizer step on one vector, from ``now`` to ``w``: torch.optim.SGD with FedProx's term. A client's first step
+   reads the start itself, so that nothing is copied before. */
 typedef struct {
     real rate, momentum, decay, proximal;
     int plain; /* neither momentum nor decay nor proximal term */
 } Rule;
 
-INLINE void step16(real *w, const real *start, real *velocity, V16 gradient, const Rule *rule) {
-    V16 x = load16(w);
+INLINE void step16(real *w, const real *now, const real *start, real *velocity, V16 gradient, const Rule *rule) {
+    V16 x = load16(now);
     gradient = gradient + rule->decay * x;
     gradient = gradient + rule->proximal * (x - load16(start));
     gradient = gradient + rule->momentum * load16(velocity);
@@ -197,7 +198,9 @@ INLINE void step16(real *w, const real *start, real *velocity, V16 gradient, con
     store16(w, x - rule->rate * gradient);
 }
 
-INLINE void plain16(real *w, V16 gradient, const Rule *rule) { store16(w, load16(w) - rule->rate * gradient); }
+INLINE void plain16(real *w, const real *now, V16 gradient, const Rule *rule) {
+    store16(w, load16(now) - rule->rate * gradient);
+}
 
 /* What the caller hands over; the order of fields is known to the loader. */
 typedef struct {

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from fedcore.native.blocks import Block, Conv, Plane, Pooling
 
-__all__ = ["Target", "balanced", "finish", "function", "keep", "live", "marks", "mask_literal", "pixels"]
+__all__ = ["Target", "balanced", "chunks", "counted", "finish", "function", "keep", "live", "marks", "mask_literal", "pixels"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,17 @@ def balanced(total: int, most: int) -> list[int]:
     """``total`` as a sum of the fewest parts of at most ``most``, which differ by at most one, larger ones first."""
     count = -(-total // most)
     return [total // count + (part < total % count) for part in range(count)] if total else []
+
+
+def counted(parts: Sequence[int]) -> list[tuple[int, int]]:
+    """Sizes and how often each occurs, larger ones first."""
+    return [(size, parts.count(size)) for size in sorted(set(parts), reverse=True)]
+
+
+def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
+    """``items`` in the fewest consecutive pieces of at most ``most``, of nearly equal lengths."""
+    sizes = balanced(len(items), max(1, most))
+    return [items[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
 def function(head: str, body: Sequence[str]) -> str:

@@ -9,10 +9,8 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -23,13 +21,13 @@ from fedcore.native.emit import source
 from fedcore.native.layers import lower
 from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
-from fedcore.quantization.layers import activation_ranges
+from fedcore.quantization.layers import quantizers
+from fedcore.quantization.wire import ActivationRange
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import ClientData, LocalPlan, LocalResult, LocalTrainer, batch_order, client_rng
 
 __all__ = ["NativeTrainer", "Program", "prepare"]
 
-Reals = npt.NDArray[Any]
 _ALIGNMENT = 4096
 
 
@@ -104,16 +102,21 @@ class _Worker:
 
     def __init__(self, program: Program, model: nn.Module) -> None:
         self.blocks, self.model = program.blocks, model
-        self.dtype = np.dtype(np.float64 if _dtype(model) is torch.float64 else np.float32)
+        self.dtype = torch.float64 if _dtype(model) is torch.float64 else torch.float32
+        self._size = self.blocks.trainable
+        known = dict(quantizers(model))
+        self._quantizers = [known[name] for name in self.blocks.quantizers]
+        self._frozen: list[ActivationRange | None] | None = None
+        self._table = torch.zeros(0)
         library = ctypes.CDLL(str(program.library))
         self._train, self._import = library.train, library.import_start
         self._train.argtypes, self._train.restype = [ctypes.POINTER(_Job)], ctypes.c_int
         self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._work = _aligned(program.memory.numbers, self.dtype)
-        self._bytes = _aligned(program.memory.bytes, np.dtype(np.uint8))
+        self._bytes = _aligned(program.memory.bytes, torch.uint8)
         self._blob = _aligned(self.blocks.blob + LANES, self.dtype)
         self._start: tuple[Tensor, int] | None = None
-        self._job = _Job(work=self._work.ctypes.data, bytes=self._bytes.ctypes.data, start=self._blob.ctypes.data)
+        self._job = _Job(work=self._work.data_ptr(), bytes=self._bytes.data_ptr(), start=self._blob.data_ptr())
 
     def train(self, start: Tensor, data: ClientData, plan: LocalPlan) -> LocalResult:
         """One client's round.
@@ -123,53 +126,58 @@ class _Worker:
         """
         self._begin_from(start)
         orders = batch_order(len(data.y), plan, data.rng)
-        order = np.concatenate([np.asarray(one, np.int64) for one in orders]) if orders else np.zeros(0, np.int64)
-        x = np.ascontiguousarray(data.x.numpy(), self.dtype)
-        y = np.ascontiguousarray(data.y.numpy(), np.int64)
-        ranges = self._ranges()
-        update = np.empty(self.blocks.trainable, self.dtype)
+        order = torch.from_numpy(orders[0] if plan.epochs == 1 else np.concatenate(orders))
+        x, y = data.x.to(self.dtype).contiguous(), data.y.to(torch.int64).contiguous()
+        update, ranges = torch.empty(self._size + LANES, dtype=self.dtype)[: self._size], self._ranges()
         job = self._job
-        job.x, job.y, job.order, job.update, job.ranges = (one.ctypes.data for one in (x, y, order, update, ranges))
+        job.x, job.y, job.order, job.update = x.data_ptr(), y.data_ptr(), order.data_ptr(), update.data_ptr()
+        job.ranges = ranges.data_ptr()
         job.examples, job.epochs, job.batch = len(y), plan.epochs, plan.batch_size
         job.rate, job.momentum, job.decay, job.proximal = plan.lr, plan.momentum, plan.weight_decay, plan.proximal_mu
         if self._train(job):
             raise Refused(f"client {data.client}: a label is not one of the {self.blocks.network.classes} classes")
         trained = len(order)
-        return LocalResult(data.client, torch.from_numpy(update), len(y), job.loss / trained if trained else math.nan)
+        return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
 
     def _begin_from(self, start: Tensor) -> None:
         """Bring the start into the blob's order, unless it is the one that is there."""
         if self._start is not None and self._start[0] is start and self._start[1] == start._version:
             return
-        values = np.ascontiguousarray(start.numpy(), self.dtype)
+        values = start.detach().to(self.dtype).contiguous()
         frozen = dict(self.model.named_parameters())
         for parameter in self.blocks.parameters:
             if not parameter.trainable:
-                self._blob[parameter.positions()] = frozen[parameter.name].detach().numpy().reshape(-1)
-        self._import(self._blob.ctypes.data, values.ctypes.data)
+                self._blob[torch.from_numpy(parameter.positions())] = frozen[parameter.name].detach().reshape(-1)
+        self._import(self._blob.data_ptr(), values.data_ptr())
         self._start = (start, start._version)
 
-    def _ranges(self) -> Reals:
+    def _ranges(self) -> Tensor:
         """The frozen activation ranges as the program takes them, one row of `Range` for each quantizer."""
-        table = np.zeros((max(1, len(self.blocks.quantizers)), 7), self.dtype)
-        known = activation_ranges(self.model) if self.blocks.quantizers else {}
-        for row, name in zip(table, self.blocks.quantizers, strict=False):
-            if name in known:
-                scale, zero = known[name].scale, known[name].zero_point
-                low, high = -128 - zero, 127 - zero
-                inverse = np.float32(1) / np.float32(scale)
-                row[:] = (1, inverse, scale, low, high, (low - 0.5) * scale, (high + 0.5) * scale)
-        return table
+        if not self._quantizers:
+            return self._blob
+        frozen = [quantizer.frozen for quantizer in self._quantizers]
+        if frozen != self._frozen:
+            self._frozen, self._table = frozen, torch.tensor([_range(one) for one in frozen], dtype=self.dtype)
+        return self._table
 
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters()), torch.float32)
 
 
-def _aligned(count: int, dtype: np.dtype[Any]) -> Reals:
+def _range(frozen: ActivationRange | None) -> tuple[float, ...]:
+    """A row of ``Range``; zeros where the activation passes."""
+    if frozen is None:
+        return (0.0,) * 7
+    scale, low, high = frozen.scale, -128 - frozen.zero_point, 127 - frozen.zero_point
+    inverse = float(np.float32(1) / np.float32(scale))  # as `FakeQuantize` multiplies
+    return (1.0, inverse, scale, low, high, (low - 0.5) * scale, (high + 0.5) * scale)
+
+
+def _aligned(count: int, dtype: torch.dtype) -> Tensor:
     """Zeros that begin at a page."""
-    raw = np.zeros(count * dtype.itemsize + _ALIGNMENT, np.uint8)
-    begin = -raw.ctypes.data % _ALIGNMENT
+    raw = torch.zeros(count * dtype.itemsize + _ALIGNMENT, dtype=torch.uint8)
+    begin = -raw.data_ptr() % _ALIGNMENT
     return raw[begin : begin + count * dtype.itemsize].view(dtype)
 
 

@@ -150,8 +150,10 @@ class _Writer:
         arguments = "Job *job, const int64_t *order, long rows, real share, const Rule *rule, int first, int last, real *check"
         arguments += ", const real *now"
         head = f"KERNEL void part({arguments})"
-        names = ["real *const work = job->work;", "uint8_t *const bytes = job->bytes;", "const real *const start = job->start;",
-                 f"real *const w = {self._at('w')};", f"real *const g = {self._at('g')}, *const velocity = {self._at('velocity')};"]  # fmt: skip
+        names = [
+            "real *const work = job->work;", "uint8_t *const bytes = job->bytes;", "const real *const start = job->start;",
+            f"real *const w = {self._at('w')}, *const g = {self._at('g')}, *const velocity = {self._at('velocity')};",
+        ]  # fmt: skip
         return "\n".join([f"{head} {{", *names, *lines, "}", ""])
 
     def _forward(self) -> Iterator[str]:

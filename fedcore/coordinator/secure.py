@@ -22,10 +22,11 @@ from fedcore.secagg.committee_client import RemoteMember
 from fedcore.secagg.driver import Committee
 from fedcore.secagg.keys import SIGNING, read_message, read_public_key, read_signing_key
 from fedcore.secagg.messages import TrustBundle
+from fedcore.secagg.neighbours import least_survivors
 from fedcore.secagg.participant import SimulatedParticipants
 from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import ScoreSum, UpdateSum, plan_update_sum
-from fedcore.secagg.trust import check_trust
+from fedcore.secagg.trust import about, check_trust
 from fedcore.training.client import RoundTask
 
 _LONGEST = 3600  # seconds that operators let a round take, unless their policy says otherwise
@@ -114,6 +115,9 @@ def secure(config: RunConfig, data: FederatedData, strategy: Strategy, protectio
     clients = (config.cohort.size or population) // one.shards
     corrupt, survivors, noise = _assumed(config, protection, clients)
     terms = Terms(corrupt, one.neighbours, one.expected_dropout, one.shards, config.run.seed)
+    if one.neighbours:
+        with about("[secagg]: secagg.neighbours"):
+            least_survivors(clients, one.neighbours, corrupt)
     cap = one.weight_cap or max(len(part) for part in data.clients)
     updates = None if protection.client else plan_update_sum(
         dimension, clients, minimum_survivors=survivors, clip=one.clip, weight_cap=cap, bits=one.bits

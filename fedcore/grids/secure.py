@@ -232,18 +232,25 @@ class SecureGrid(ClientGrid):
     def _header(
         self, numbers: Mapping[str, Any], offers: tuple[Offer, ...], visit: Visit, clients: int, work_hash: bytes, lost: set[int]
     ) -> Header:  # fmt: skip
-        trust, terms = self._made_by.trust, self._terms
-        degree, least = (
-            (min(terms.neighbours, clients - 1), least_survivors(clients, terms.neighbours, terms.corrupt)) if terms.neighbours
-            else choose_degree(clients, terms.corrupt, terms.expected_dropout)
-        )  # fmt: skip
+        trust = self._made_by.trust
+        degree, least = self._degree(clients)
         signers = [offer.member for offer in offers if offer.member not in lost][: trust.threshold]
         return Header(
             task=visit.task, round=visit.epoch, epoch=visit.epoch, expiry=visit.expiry, clients=clients, degree=degree,
             window_survivors=least, members=len(trust.member_keys), threshold=trust.threshold,
-            corrupt_members=trust.corrupt_members, corrupt_clients=terms.corrupt, suite=SUITE, model_hash=work_hash, offers=offers,
-            signers=tuple(signers), **numbers,
+            corrupt_members=trust.corrupt_members, corrupt_clients=self._terms.corrupt, suite=SUITE, model_hash=work_hash,
+            offers=offers, signers=tuple(signers), **numbers,
         )  # fmt: skip
+
+    def _degree(self, clients: int) -> tuple[int, int]:
+        """Neighbours of a client, and the survivors that a window of the circle needs."""
+        terms = self._terms
+        if not terms.neighbours:
+            return choose_degree(clients, terms.corrupt, terms.expected_dropout)
+        try:
+            return min(terms.neighbours, clients - 1), least_survivors(clients, terms.neighbours, terms.corrupt)
+        except Refused as error:  # the scenario's number is safe for all clients, not for the few that checked in
+            raise RoundFailed(f"{clients} clients checked in: {error}") from error
 
     def _told(
         self, one: SecureRound, coordinator: Coordinator, header: Header, sizes: Sequence[int], taken: Sequence[float]

@@ -161,6 +161,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
         ({"secagg": {"weight_cap": 2**20}}, "lower the largest weight"),
         ({"secagg": {"bits": 16}}, "16 bits leave 5 for a coordinate"),
         ({"secagg": {"threshold": 2}}, "is not safe"),
+        ({"secagg": {"neighbours": 3}}, r"secagg.neighbours: 3 neighbours .* use an even number"),
         ({"secagg": {"bits": 17}}, "16, 20, 24, 32"),
         ({"secagg": {"trust": "bundle.json"}}, "no meaning without secagg.operators"),
         ({"secagg": {"operators": ["127.0.0.1:1"]}}, "must be given with secagg.operators"),

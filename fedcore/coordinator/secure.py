@@ -30,7 +30,7 @@ from fedcore.secagg.trust import about, check_trust
 from fedcore.training.client import RoundTask
 
 _LONGEST = 3600  # seconds that operators let a round take, unless their policy says otherwise
-_PATIENCE = 20.0  # seconds for which an operator is asked again before the round goes on without it
+_PATIENCE = 60.0  # seconds for which an operator is asked again before the round goes on without it
 
 __all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_committee"]
 

@@ -71,6 +71,7 @@ class RemoteMember:
         if credentials:
             self._own = read_private_key(credentials / "tls.key"), read_certificate(credentials / "tls.pem")
         self._connection: _Connection | None = None
+        self._given_up = False
         self._connecting = threading.Lock()
 
     def offer(self, request: bytes) -> bytes:
@@ -99,13 +100,18 @@ class RemoteMember:
             self._drop()
 
     def _ask(self, step: str, request: bytes) -> bytes:
-        """Repeat what fails on the way, at growing intervals."""
+        """Repeat what fails on the way, at growing intervals; a member once given up gets one attempt until it answers again."""
         end, pause = time.monotonic() + self._patience, _PAUSE
         while True:
             try:
-                return self._attempt(step, request, end)
+                answer = self._attempt(step, request, end)
+                self._given_up = False
+                return answer
             except TryAgain as error:
+                if self._given_up:
+                    raise TryAgain(f"{self._name}: {error}") from None
                 if time.monotonic() + pause >= end:
+                    self._given_up = True
                     raise TryAgain(f"{self._name}: {error}; gave up after {self._patience:g} s") from None
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcore.native import dense, forward, input_gradients, plain, weight_gradients
+from fedcore.native import dense, forward, input_gradients, plain, private, weight_gradients
 from fedcore.native.blocks import Block, Blocks, Conv, Depthwise, Linear, Parameter, Pointwise, Pooling
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import Target, marks
@@ -17,7 +17,7 @@ def source(blocks: Blocks, memory: Memory, target: Target) -> str:
     """C99 with the vector extensions of GCC and Clang; with -DDOUBLE it computes in double precision."""
     writer = _Writer(blocks, memory, target)
     prelude = Path(__file__).with_name("prelude.c").read_text(encoding="utf-8")
-    return "\n".join([prelude, *writer.kernels(), writer.part(), writer.begin_batch(), writer.train()])
+    return "\n".join([prelude, *writer.kernels(), writer.part(), writer.begin_batch(), writer.train(), *writer.private()])
 
 
 class _Writer:
@@ -33,8 +33,8 @@ class _Writer:
         for i, block in enumerate(self.blocks.blocks):
             yield from self._kernels(i, block)
         yield plain.loss("loss", self.blocks.network.classes)
-        small = [p for p in self.blocks.parameters if p.trainable and p.name not in self.linear_weights]
-        yield plain.small_steps("small_steps", plain.merged(small))
+        yield plain.small_steps("small_steps", self._small())
+        yield plain.small_steps("all_steps", plain.merged([p for p in self.blocks.parameters if p.trainable]))
         yield plain.travel(self.blocks.parameters)
 
     def _kernels(self, i: int, block: Block) -> Iterator[str]:
@@ -46,6 +46,7 @@ class _Writer:
         if isinstance(block, Linear):
             yield dense.dense_finish(f"finish{i}", block)
             yield dense.dense_masked(f"masked{i}", block)
+            yield from private.linear_kernels(i, block)
         elif i >= self.blocks.first:
             biased = isinstance(block, (Conv, Depthwise)) and block.bias is not None
             yield weight_gradients.masked_gradient(f"masked{i}", block, biased)
@@ -90,6 +91,10 @@ class _Writer:
                 return plain.pool_input_gradient(name, block)
             case Pointwise():
                 return plain.pointwise_input_gradient(name, block)
+
+    def _small(self) -> list[tuple[int, int]]:
+        """Ranges of the blob with all trainable parameters but the weights of fully connected layers."""
+        return plain.merged([p for p in self.blocks.parameters if p.trainable and p.name not in self.linear_weights])
 
     def _learns(self, i: int, block: Block) -> bool:
         return i >= self.blocks.first and isinstance(block, (Conv, Depthwise, Linear)) and block.weight.trainable
@@ -140,13 +145,44 @@ class _Writer:
         body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in plain.merged(small)]
         return "\n".join(["KERNEL void begin_batch(real *work, const real *now, const real *start) {", *body, "}", ""])
 
+    def private(self) -> Iterator[str]:
+        """DP-SGD: see private.py."""
+        linear: list[str] = []
+        scaled: list[str] = []
+        plane: list[str] = []
+        for i in range(len(self.blocks.blocks) - 1, self.blocks.first - 1, -1):
+            block = self.blocks.blocks[i]
+            if isinstance(block, Linear):
+                linear += self._linear_norms(i, block)
+                scaled += self._linear_scaled(i, block)
+            else:
+                plane += self._plane_backward(i, block)
+        forward = [*self._forward(), *self._losses()]
+        yield private.private_part(self.memory, forward, linear, plane, scaled, self._small())
+        yield private.private_entries(self.blocks, self.memory)
+
+    def _linear_norms(self, i: int, block: Linear) -> Iterator[str]:
+        d, out = self._gradient(i, row=False), self._out(i, row=False)
+        yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias_gradient(block)}, rows);"
+        yield f"norms{i}({self._out(i - 1, row=False)}, {d}, sums, rows);"
+        if i > self.blocks.first:
+            yield f"input{i}({d}, {self._weights(i, block)}, {self._gradient(i - 1, row=False)}, rows);"
+
+    def _linear_scaled(self, i: int, block: Linear) -> Iterator[str]:
+        x, d, at = self._out(i - 1, row=False), self._gradient(i, row=False), block.weight.offset
+        bias = f"total + {block.bias.offset}" if block.bias else "total"
+        yield f"scaled{i}({x}, {d}, factors, {bias}, rows);"
+        if self._learns(i, block):
+            yield f"update{i}({d}, {x}, w, now, start, velocity, total + {at}, rule, rows, 0, 0);"
+
+    def _losses(self) -> Iterator[str]:
+        last = len(self.blocks.blocks) - 1
+        yield "for (long s = 0; s < rows; s++)"
+        yield f"loss({self._out(last)}, job->y[order[s]], {self._gradient(last)}, share, &job->loss);"
+
     def part(self) -> str:
         """Forward, loss and backward of some rows of a batch, and the step of fully connected layers."""
-        lines = list(self._forward())
-        last = len(self.blocks.blocks) - 1
-        lines.append("for (long s = 0; s < rows; s++)")
-        lines.append(f"loss({self._out(last)}, job->y[order[s]], {self._gradient(last)}, share, &job->loss);")
-        lines += self._backward()
+        lines = [*self._forward(), *self._losses(), *self._backward()]
         arguments = "Job *job, const int64_t *order, long rows, real share, const Rule *rule, int first, int last, real *check"
         arguments += ", const real *now"
         head = f"KERNEL void part({arguments})"

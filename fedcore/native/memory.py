@@ -55,7 +55,7 @@ def _laid_out(regions: Iterator[tuple[str, int]]) -> tuple[dict[str, int], int]:
 
 
 def _numbers(blocks: Blocks, rows: int, boundary: frozenset[int]) -> Iterator[tuple[str, int]]:
-    for name in ("w", "velocity", "g"):
+    for name in ("w", "velocity", "g", "example"):
         yield name, blocks.blob + LANES
     yield "input", rows * blocks.input.target.size
     for i, block in enumerate(blocks.blocks):
@@ -68,6 +68,7 @@ def _numbers(blocks: Blocks, rows: int, boundary: frozenset[int]) -> Iterator[tu
             yield f"t{i}", block.taps * block.target.depth
         if isinstance(block, Depthwise) and i > blocks.first:
             yield f"spread{i}", spread_size(block)
+    yield "sums", 4 * rows  # two double-precision numbers a row, in DP-SGD
     compact = [block.target.height * block.target.width * block.target.depth for block in blocks.blocks]
     yield "gm", max(compact) + LANES
     if any(by_position(block) for block in blocks.blocks):

@@ -215,4 +215,7 @@ typedef struct {
     real *update;         /* trainable parameters: local minus start, in torch's order */
     double rate, momentum, decay, proximal;
     double loss;          /* out: the sum of the examples' losses */
+    const real *noise;    /* DP-SGD: where a step's gradient begins, in torch's order */
+    double bound;         /* DP-SGD: the clipping norm */
+    int64_t step;         /* DP-SGD: steps made so far */
 } Job;

@@ -23,8 +23,18 @@ from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
 from fedcore.quantization.layers import quantizers
 from fedcore.quantization.wire import ActivationRange
+from fedcore.training.dpsgd import noise_of
 from fedcore.training.local import LoopTrainer
-from fedcore.training.plan import ClientData, LocalPlan, LocalResult, LocalTrainer, batch_order, client_rng
+from fedcore.training.plan import (
+    ClientData,
+    DpSgdPlan,
+    LocalPlan,
+    LocalResult,
+    LocalTrainer,
+    batch_order,
+    client_rng,
+    poisson_batches,
+)
 
 __all__ = ["NativeTrainer", "Program", "prepare"]
 
@@ -39,6 +49,9 @@ class _Job(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("examples", "epochs", "batch")),
         *((name, ctypes.c_void_p) for name in ("start", "ranges", "work", "bytes", "update")),
         *((name, ctypes.c_double) for name in ("rate", "momentum", "decay", "proximal", "loss")),
+        ("noise", ctypes.c_void_p),
+        ("bound", ctypes.c_double),
+        ("step", ctypes.c_int64),
     )
 
 
@@ -72,8 +85,7 @@ def _program(blocks: Blocks, target: Target, double: bool) -> Program:
 class NativeTrainer:
     """Trains clients one at a time; results equal the loop's but for the order of additions.
 
-    The program is compiled when the first client shows the shape of its examples, which is instant where `prepare` did it before.
-    Private plans are trained by the loop.
+    The program is compiled when the first client shows the shape of its examples; that is instant where `prepare` was called.
     """
 
     chunk = 1
@@ -81,15 +93,9 @@ class NativeTrainer:
     def __init__(self, model: nn.Module, target: Target | None = None) -> None:
         self.model, self.target = model.train(), target
         self._workers: dict[tuple[int, ...], _Worker] = {}
-        self._private: LoopTrainer | None = None
 
     def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
         """See `plan.LocalTrainer`."""
-        if plan.dp is not None:
-            if self._private is None:
-                self._private = LoopTrainer(self.model)
-            yield from self._private.train(start, clients, plan)
-            return
         for client in clients:
             shape = tuple(client.x.shape[1:])
             if shape not in self._workers:
@@ -108,7 +114,8 @@ class _Worker:
         self._quantizers = [known[name] for name in self.blocks.quantizers]
         self._frozen: list[ActivationRange | None] | None = None
         self._table = torch.zeros(0)
-        library = ctypes.CDLL(str(program.library))
+        self._library = library = ctypes.CDLL(str(program.library))
+        library.private_begin.restype = library.private_end.restype = None
         self._train, self._import = library.train, library.import_start
         self._train.argtypes, self._train.restype = [ctypes.POINTER(_Job)], ctypes.c_int
         self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
@@ -125,19 +132,49 @@ class _Worker:
             Refused: labels that are no classes.
         """
         self._begin_from(start)
+        if plan.dp is not None:
+            return self._private(data, plan, plan.dp)
         orders = batch_order(len(data.y), plan, data.rng)
         order = torch.from_numpy(orders[0] if plan.epochs == 1 else np.concatenate(orders))
         x, y = data.x.to(self.dtype).contiguous(), data.y.to(torch.int64).contiguous()
         update, ranges = torch.empty(self._size + LANES, dtype=self.dtype)[: self._size], self._ranges()
         job = self._job
         job.x, job.y, job.order, job.update = x.data_ptr(), y.data_ptr(), order.data_ptr(), update.data_ptr()
-        job.ranges = ranges.data_ptr()
-        job.examples, job.epochs, job.batch = len(y), plan.epochs, plan.batch_size
-        job.rate, job.momentum, job.decay, job.proximal = plan.lr, plan.momentum, plan.weight_decay, plan.proximal_mu
+        job.examples, job.epochs, job.ranges = len(y), plan.epochs, ranges.data_ptr()
+        self._set_rates(plan)
         if self._train(job):
-            raise Refused(f"client {data.client}: a label is not one of the {self.blocks.network.classes} classes")
+            raise Refused(self._no_class(data))
         trained = len(order)
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
+
+    def _private(self, data: ClientData, plan: LocalPlan, dp: DpSgdPlan) -> LocalResult:
+        """A round of DP-SGD, step by step: the noise of each is drawn here, as the loop draws it."""
+        noise, job = noise_of(data), self._job
+        x, y = data.x.to(self.dtype).contiguous(), data.y.to(torch.int64).contiguous()
+        update, ranges = torch.empty(self._size + LANES, dtype=self.dtype)[: self._size], self._ranges()
+        drawn = torch.empty(self._size, dtype=self.dtype)
+        job.x, job.y, job.update, job.noise = x.data_ptr(), y.data_ptr(), update.data_ptr(), drawn.data_ptr()
+        job.ranges, job.bound = ranges.data_ptr(), dp.clipping_norm
+        self._set_rates(plan)
+        self._library.private_begin(ctypes.byref(job))
+        trained = 0
+        for rows in poisson_batches(len(y), plan, data.rng):
+            order = torch.from_numpy(rows.astype(np.int64, copy=False))
+            noise.fill(drawn, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
+            job.order, job.examples = order.data_ptr(), len(rows)
+            if self._library.private_step(ctypes.byref(job)):
+                raise Refused(self._no_class(data))
+            trained += len(rows)
+        self._library.private_end(ctypes.byref(job))
+        return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
+
+    def _set_rates(self, plan: LocalPlan) -> None:
+        job = self._job
+        job.batch, job.rate, job.momentum = plan.batch_size, plan.lr, plan.momentum
+        job.decay, job.proximal = plan.weight_decay, plan.proximal_mu
+
+    def _no_class(self, data: ClientData) -> str:
+        return f"client {data.client}: a label is not one of the {self.blocks.network.classes} classes"
 
     def _begin_from(self, start: Tensor) -> None:
         """Bring the start into the blob's order, unless it is the one that is there."""
@@ -203,18 +240,22 @@ def prepare(model: nn.Module, input_shape: tuple[int, ...]) -> str:
 
 
 def _difference(model: nn.Module, input_shape: tuple[int, ...], classes: int) -> float:
-    """Relative L2 distance between the updates of both engines on random examples, the larger of two plans'."""
+    """Relative L2 distance between the updates of both engines on random examples, the largest of three plans'."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((7, *input_shape), np.float32)).to(_dtype(model))
     y = torch.from_numpy(rng.integers(0, classes, 7))
     found = []
-    for local in (LocalPlan(1, 4, 0.05), LocalPlan(1, 4, 0.05, momentum=0.5, weight_decay=0.01, proximal_mu=0.1)):
+    private = LocalPlan(1, 4, 0.05, dp=DpSgdPlan(clipping_norm=0.5, noise_multiplier=0.1))
+    for local in (LocalPlan(1, 4, 0.05), LocalPlan(1, 4, 0.05, momentum=0.5, weight_decay=0.01, proximal_mu=0.1), private):
         updates = []
         for trainer in (LoopTrainer, NativeTrainer):
             own = copy.deepcopy(model)
             start = torch.cat([p.detach().reshape(-1) for p in own.parameters() if p.requires_grad])
             engine: LocalTrainer = trainer(own)
-            updates += [result.update for result in engine.train(start, [ClientData(0, x, y, client_rng(0, 0, 0, 0))], local)]
+            updates += [
+                result.update
+                for result in engine.train(start, [ClientData(0, x, y, client_rng(0, 0, 0, 0), client_rng(0, 0, 0, 1))], local)
+            ]
         distance = torch.linalg.vector_norm(updates[1] - updates[0]) / torch.linalg.vector_norm(updates[0]).clamp(min=1e-12)
         found.append(float(distance))
     return max(found) if all(map(math.isfinite, found)) else math.inf

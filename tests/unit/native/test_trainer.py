@@ -1,12 +1,13 @@
 """The native engine is the loop, compiled: whole local trainings of both are compared."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, federation, network, start_of, updates, why_no_compiler
+from native_clients import PLANS, SHAPES, SIZES, federation, network, start_of, updates, why_no_compiler
 from torch import nn
 
 from fedcore.errors import Refused
@@ -198,18 +199,73 @@ def test_a_start_that_changes_in_place_is_read_again():
     assert torch.equal(again.update, fresh.update)
 
 
-def test_private_plans_are_those_of_the_loop():
-    plan = LocalPlan(epochs=1, batch_size=5, lr=0.05, dp=DpSgdPlan(1.0, 1.0))
+def private(shape, dtype, **federated):
+    """Clients with a generator for their noise."""
+    clients = federation(shape, dtype, **federated)
+    return [dataclasses.replace(c, noise_rng=client_rng(1, 1, c.client, 2)) for c in clients]
 
-    def private():
-        clients = federation(SHAPES["mlp"], torch.float32)
-        return [
-            type(c)(c.client, c.x, c.y, client_rng(1, 1, c.client, 1), client_rng(1, 1, c.client, 2)) for c in clients
-        ]  # fmt: skip
 
-    loop, _ = updates(LoopTrainer(network("mlp", False, torch.float32)), private(), plan)
-    native, _ = updates(NativeTrainer(network("mlp", False, torch.float32)), private(), plan)
-    assert torch.equal(native, loop)
+def check_private(model_of, shape, dtype, plan, atol, **federated):
+    loop, loop_losses = updates(LoopTrainer(model_of()), private(shape, dtype, **federated), plan)
+    native, losses = updates(NativeTrainer(model_of()), private(shape, dtype, **federated), plan)
+    torch.testing.assert_close(native, loop, rtol=atol, atol=atol)
+    np.testing.assert_allclose(losses, loop_losses, rtol=max(atol, 1e-6), atol=atol)
+    return native
+
+
+PRIVATE = {  # some examples clipped, none, all; more than a part of a batch
+    "some": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1, dp=DpSgdPlan(2.0, 0.7)),
+    "none": LocalPlan(epochs=1, batch_size=5, lr=0.05, dp=DpSgdPlan(1e6, 1e-9)),
+    "all": LocalPlan(epochs=1, batch_size=90, lr=0.05, dp=DpSgdPlan(1e-2, 1.0)),
+}
+
+
+@pytest.mark.parametrize("plan", PRIVATE.values(), ids=PRIVATE)
+@pytest.mark.parametrize("name", ZOO)
+def test_private_training_of_the_zoo_in_double_precision(name, plan):
+    sizes = (200, 3) if plan.batch_size == 90 else SIZES
+    check_private(lambda: network(name, False, torch.float64), SHAPES[name], torch.float64, plan, 1e-9, sizes=sizes)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "dscnn"])
+def test_private_training_with_fake_quantization_in_double_precision(name):
+    check_private(lambda: network(name, True, torch.float64), SHAPES[name], torch.float64, PRIVATE["some"], 1e-9, sizes=FEW)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn"])
+def test_private_training_in_single_precision(name):
+    check_private(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, PRIVATE["some"], 2e-6)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (3, 7), (9,)])
+def test_private_norms_are_of_trainable_parameters(frozen):
+    def model_of():
+        model = network("cnn", False, torch.float64)
+        for layer in frozen:
+            model[layer].weight.requires_grad_(False)
+        return model
+
+    check_private(model_of, SHAPES["cnn"], torch.float64, PRIVATE["some"], 1e-9)
+
+
+def test_an_example_without_a_finite_gradient_adds_nothing():
+    def clients():
+        found = private(SHAPES["cnn"], torch.float64)
+        found[0].x[3] = math.nan
+        found[2].x[0, 0, 2, 2] = math.inf
+        return found
+
+    plan = PRIVATE["some"]
+    native, _ = updates(NativeTrainer(network("cnn", False, torch.float64)), clients(), plan)
+    loop, _ = updates(LoopTrainer(network("cnn", False, torch.float64)), clients(), plan)
+    assert torch.isfinite(native).all()
+    torch.testing.assert_close(native, loop, rtol=1e-9, atol=1e-9)
+
+
+def test_private_clients_without_a_generator_of_noise_are_refused():
+    model = network("mlp", False, torch.float32)
+    with pytest.raises(Refused, match="no generator for its noise"):
+        list(NativeTrainer(model).train(start_of(model), federation(SHAPES["mlp"], torch.float32), PRIVATE["some"]))
 
 
 @pytest.mark.parametrize("name", ["cnn", "lenet", "imu_cnn"])

@@ -202,6 +202,10 @@ class PrivacyConfig:
     min_separation: int = _key(1, "rounds from one participation of a client to its next (client)", low=1)
     ledger: str = _key("", "ledger shared by runs over one population: a file, or redis://HOST:PORT/DB?population=NAME "
                        "(its password in the environment, FEDCORE_LEDGER_PASSWORD); empty = the run's own")  # fmt: skip
+    key: str = _key(
+        "", "file of a secret key (fedcore privacy key FILE), relative to the scenario; a simulation whose model is published "
+        "derives noise and coins from it; both units share it; empty = from run.seed, which stands in the run's files",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,10 @@ class RunConfig:
         values = {section.name: getattr(self, section.name) for section in _sections()}
         tables = {name: dataclasses.asdict(value) for name, value in values.items() if name != "privacy"}
         return tables | ({"privacy": [dataclasses.asdict(one) for one in self.privacy]} if self.privacy else {})
+
+    def key_file(self) -> Path | None:
+        """The file of ``privacy.key``, or None where noise and coins of a simulation derive from the seed."""
+        return next((self.folder / one.key for one in self.privacy if one.key), None)
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``."""
@@ -486,6 +494,8 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
                 yield f'privacy.{key} has no meaning with unit = "{one.unit}", mechanism = "{one.mechanism}"'
     if len({one.unit for one in config.privacy}) < len(config.privacy):
         yield "[[privacy]]: each unit may be given once"
+    if len(keys := {(config.folder / one.key).resolve() for one in config.privacy if one.key}) > 1:
+        yield f"[[privacy]]: both units share one key, privacy.key names {' and '.join(sorted(map(str, keys)))}"
 
 
 def _impossible_secagg(secagg: SecAggConfig) -> Iterator[str]:

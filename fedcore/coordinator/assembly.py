@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,19 +16,20 @@ from fedcore.coordinator.privacy import Protection, protect
 from fedcore.coordinator.secure import Secured, secure
 from fedcore.coordinator.strategy import build_strategy
 from fedcore.data import FederatedData, federate, load_dataset, normalised_by_test
-from fedcore.errors import Refused
+from fedcore.errors import FedcoreError, Refused
 from fedcore.models import ParameterLayout, build_model, check_model, layout_of
+from fedcore.privacy.randomness import RootKey
 from fedcore.training.client import Clients
 from fedcore.training.engine import Engine, choose_engine
 from fedcore.training.per_example import check_per_example
 
-__all__ = ["Assembly", "assemble", "build_clients"]
+__all__ = ["Assembly", "assemble", "build_clients", "naming_the_model"]
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """``config`` is resolved: engine and device are the ones chosen. ``model`` is the coordinator's own, on the CPU. ``salt``
-    keeps the simulated noise of runs apart that share a ledger."""
+    """``config`` is resolved: engine and device are the ones chosen. ``model`` is the coordinator's own, on the CPU. ``keyed``
+    is this run's own root key, where its simulated noise must not be that of other runs of the seed."""
 
     config: RunConfig
     data: FederatedData
@@ -35,7 +38,12 @@ class Assembly:
     strategy: Strategy
     protection: Protection = Protection()
     secured: Secured | None = None
-    salt: str = ""
+    keyed: RootKey | None = None
+
+    @property
+    def root(self) -> RootKey:
+        """What noise and coins of a simulation are derived from."""
+        return self.keyed or RootKey.of_seed(self.config.run.seed)
 
     def origin(self) -> dict[str, list[float]]:
         """What data and initial model look like, to notice that a run is continued with others.
@@ -47,7 +55,7 @@ class Assembly:
         dataset, start = self.data.dataset, _model(self.config, self.data).eval()
         train = dataset.test if self.config.privacy else dataset.train
         sample = torch.from_numpy(dataset.train.take(self.data.calibration[:4]).x)
-        with torch.no_grad():
+        with torch.no_grad(), naming_the_model(self.config):
             logits = start(sample).reshape(-1).tolist()
         return {"data": train.x.reshape(len(train), -1)[:, ::8].mean(0, dtype=np.float64).tolist(), "model": logits}
 
@@ -55,6 +63,22 @@ class Assembly:
     def layout(self) -> ParameterLayout:
         """The parameters that train and travel."""
         return layout_of(self.model, trainable=True)
+
+
+@contextmanager
+def naming_the_model(config: RunConfig) -> Iterator[None]:
+    """For the coordinator's own use of a model, which may be a user's and raise anything.
+
+    Raises:
+        Refused: it raised in the block; names the model and the error.
+    """
+    try:
+        yield
+    except FedcoreError:
+        raise
+    except Exception as error:
+        text = f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}".rstrip(": ")
+        raise Refused(f"model {config.model.name} failed on the coordinator's own examples: {text}") from error
 
 
 def assemble(config: RunConfig) -> Assembly:
@@ -88,7 +112,7 @@ def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
     config = assembly.config
     model = _model(config, assembly.data)
     return Clients(
-        model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real, salt=assembly.salt,
+        model, assembly.data, assembly.engine, seed=config.run.seed, encoding=config.wire.update, real=real, root=assembly.root,
         dropout=0.0 if real else config.cohort.dropout,
     )  # fmt: skip
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from flwr.app import ConfigRecord, Message
@@ -34,20 +34,19 @@ __all__ = ["ClientUnit", "ExampleUnit", "Protection", "protect"]
 class ExampleUnit:
     """One example of a client is protected by DP-SGD on the client.
 
-    ``batches``: the smallest number of batches an epoch has on any client. Epsilon falls with that number, so a round is
-    charged as if every client had this many.
+    A round is charged for ``plan.batches``, the smallest number that an epoch has on any client of this partition; a client whose
+    own data have fewer refuses to train.
     """
 
     config: PrivacyConfig
     plan: DpSgdPlan
-    batches: int
     epochs: int
     batch_size: int
 
     @property
     def event(self) -> DpSgd:
         """What one round costs a client's example."""
-        return DpSgd(self.plan.noise_multiplier, self.batches, self.epochs)
+        return DpSgd(self.plan.noise_multiplier, self.plan.batches, self.epochs)
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,9 @@ class Protection:
         if own and not trains:
             raise Refused(f"privacy of unit {own[0]}: this client tells no accuracy on its own examples")
         if self.example:
-            expected = (self.example.plan, self.example.epochs, self.example.batch_size)
-            if (task.plan.dp, task.plan.epochs, task.plan.batch_size) != expected:
+            # The coordinator says what it charges for: a partition with stand-ins for others' data does not know their batches.
+            asked = replace(task.plan.dp, batches=self.example.plan.batches) if task.plan.dp else None
+            if (asked, task.plan.epochs, task.plan.batch_size) != (self.example.plan, self.example.epochs, self.example.batch_size):
                 raise Refused("privacy of unit example: the coordinator asks for another noise, clipping norm or number of steps")
         if self.client:
             norm = task.release.joint.clipping_norm if isinstance(task.release, Release) else 1.0
@@ -199,7 +199,7 @@ def _example_unit(one: PrivacyConfig, config: RunConfig, data: FederatedData) ->
 
     # A client may be drawn in every round: nothing is gained from the draw of cohorts.
     noise = one.noise_multiplier or solve_noise(event, config.run.rounds, one.target_epsilon, one.delta)
-    return ExampleUnit(one, DpSgdPlan(one.clipping_norm, noise), batches, epochs, config.training.batch_size)
+    return ExampleUnit(one, DpSgdPlan(one.clipping_norm, noise, batches), epochs, config.training.batch_size)
 
 
 def _client_unit(one: PrivacyConfig, config: RunConfig, population: int, dimension: int) -> ClientUnit:

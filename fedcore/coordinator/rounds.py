@@ -20,13 +20,12 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.assembly import Assembly, naming_the_model
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
 from fedcore.flower import Facts, Roster, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
-from fedcore.privacy.randomness import derive_key
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
 from fedcore.secagg.sums import Summation
@@ -181,8 +180,7 @@ class Coordinator:
         seed, population, size = self.config.run.seed, len(self.assembly.data.clients), self.config.cohort.size
         resting = self._budget.resting(number) if self._budget else ()
         if self._client_unit and 0 < self._client_unit.rate < 1:
-            simulated = derive_key("coins", seed, self.assembly.salt, number)
-            key = simulated if self._grid.simulated else secrets.token_bytes(32)
+            key = self.assembly.root.derive("coins", number) if self._grid.simulated else secrets.token_bytes(32)
             return toss_coins(key, population, self._client_unit.rate, resting)
         cohort = draw_cohort(seed, number, population, size, TRAIN, resting)
         if len(cohort) < (size or population) and self._client_unit:
@@ -234,20 +232,22 @@ class Coordinator:
     def _calibrate(self, progress: Progress) -> dict[str, ActivationRange]:
         examples = self.assembly.data.dataset.train.take(self.assembly.data.calibration)
         load_flat(self._model, torch.from_numpy(progress.master))
-        return calibrate(self._model.eval(), torch.from_numpy(examples.x).split(256))
+        with naming_the_model(self.config):
+            return calibrate(self._model.eval(), torch.from_numpy(examples.x).split(256))
 
     def evaluate(self, progress: Progress) -> Metrics:
         """Score the master in float, and the model that devices receive, on the coordinator's test part."""
         test = self.assembly.data.dataset.test
         x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
         load_flat(self._model, torch.from_numpy(progress.master))
-        with float_arithmetic(self._model):
+        with naming_the_model(self.config), float_arithmetic(self._model):
             score = evaluate(self._model, x, y)
         if not self.config.quantization.enabled:
             return {"accuracy": score.accuracy, "loss": score.loss}
         set_activation_ranges(self._model, progress.ranges)
         load_flat(self._model, torch.from_numpy(self.received(progress)[1]))
-        quantized = evaluate(self._model, x, y)
+        with naming_the_model(self.config):
+            quantized = evaluate(self._model, x, y)
         return {
             "accuracy": score.accuracy, "loss": score.loss,
             "fake_quant_accuracy": quantized.accuracy, "fake_quant_loss": quantized.loss,
@@ -337,6 +337,7 @@ class Coordinator:
             "clients": self.client_accuracies,
             "origin": self._origin,
             "clipping_norm": progress.clipping_norm,
+            "key": self.assembly.root.fingerprint,
         }
         held = {f"strategy/{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
         self._store.commit(Checkpoint(progress.round_number, held, facts), metrics, self.config.checkpoint.keep)
@@ -356,6 +357,8 @@ class Coordinator:
             now = self._origin[part]
             if len(now) != len(values) or not np.allclose(values, now, rtol=1e-3, atol=1e-4):
                 raise Refused(f"--resume: the {part} behind the run has changed since it began")
+        if checkpoint.facts.get("key", "") != self.assembly.root.fingerprint:
+            raise Refused("--resume: privacy.key holds another key than the one that the run began with")
         ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
         if self._budget:
             self._budget.check_paid(checkpoint.round_number)

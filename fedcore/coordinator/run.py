@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,6 +21,8 @@ from fedcore import __version__
 from fedcore.config import RunConfig, load_config
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
 from fedcore.coordinator.budget import Budget
+from fedcore.coordinator.directory import Claim, claim
+from fedcore.coordinator.key import read_key
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.secure import simulated_trust
 from fedcore.coordinator.strategy import accepts_mean
@@ -28,6 +31,7 @@ from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
 from fedcore.grids.secure import SecureGrid
 from fedcore.privacy.ledger import Ledger
+from fedcore.privacy.randomness import RootKey
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.state.ledger import open_ledger
 from fedcore.state.sqlite import RunStore
@@ -42,7 +46,13 @@ _MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {
 _OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
 _SIMULATED = (
     "This run was simulated: noise and coins derive from run.seed, so that it repeats to the bit. Whoever knows the seed, which "
-    "stands in the run's files, can take the noise off: the numbers are the mechanism's, not those of a model beside its seed."
+    "stands in the run's files, can take the noise off: the numbers are the mechanism's, not those of a model beside its seed. "
+    "With privacy.key they derive from a secret key instead."
+)
+_KEYED = (
+    "This run was simulated: one machine held the data of all clients and drew all noise and coins, and has to be trusted. They "
+    "derive from a secret key (privacy.key) that is in none of the run's files, not from run.seed: whoever knows the seed learns "
+    "nothing about the noise, whoever has the key too can take it off."
 )
 
 
@@ -68,19 +78,26 @@ class FederatedRun:
     def __init__(self, config: RunConfig, directory: Path, connect: Callable[[Assembly], RunGrid], *, resume: bool) -> None:
         torch.set_num_threads(1)  # results must not depend on the number of cores; workers use the others
         config = _continued(config, directory) if resume else _begun(config, directory)
+        file = config.key_file()
+        key = read_key(file) if file else None
         self.directory = directory
         self.assembly = assemble(config)
         self.config = self.assembly.config
-        if any(one.ledger for one in self.config.privacy):
-            # Releases of several runs of one seed would carry the same noise, which their difference is without.
-            self.assembly = dataclasses.replace(self.assembly, salt=_run_id(directory))
-        self.grid = connect(self.assembly)
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
+        self._keep = False
+        with contextlib.ExitStack() as opened:
             if not resume:
+                opened.callback(self._give_up, claim(directory))
                 _write(directory / "config.toml", self.config.to_toml())
+            self.assembly = dataclasses.replace(self.assembly, keyed=self._root(key))
+            self.grid = connect(self.assembly)
+            opened.callback(self.grid.close)
+            if key and not self.grid.simulated:
+                raise Refused("privacy.key is for simulations: over this grid noise and coins come from the operating system")
             self._store = RunStore(directory)
+            opened.callback(self._store.close)
             self._ledger = self._open_ledger()
+            if self._ledger:
+                opened.callback(self._ledger.close)
             protection, fresh = self.assembly.protection, not self.grid.simulated
             budget = Budget(protection, self._ledger, self._store.run_id, fresh_noise=fresh) if self._ledger else None
             self.coordinator = Coordinator(self.assembly, self.grid, self._store, budget)
@@ -90,18 +107,36 @@ class FederatedRun:
             self._history = list(self._store.metrics())
             _write(directory / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self._history))
             (directory / "result.json").unlink(missing_ok=True)
-        except BaseException:
-            self.grid.close()
-            raise
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.grid.close()
-        self._store.close()
-        if self._ledger:
-            self._ledger.close()
+        self._keep = kind is None or self._has_begun()
+        self._opened.close()
+
+    def _root(self, key: bytes | None) -> RootKey | None:
+        """The run's own root key, where it has a secret one or shares a ledger."""
+        if key:
+            return RootKey.of_key(key, _run_id(self.directory))
+        if any(one.ledger for one in self.config.privacy):
+            # Releases of several runs of one seed would carry the same noise, which their difference is without.
+            return RootKey.of_seed(self.config.run.seed, _run_id(self.directory))
+        return None
+
+    def _has_begun(self) -> bool:
+        """Whether a round was finished, or paid for: that is never forgotten."""
+        try:
+            paid = any(charge.run == self._store.run_id for charge in self._ledger.charges()) if self._ledger else False
+            return paid or bool(self._history) or self._store.latest() is not None
+        except FedcoreError:  # what cannot be asked may hold a charge
+            return True
+
+    def _give_up(self, taken: Claim) -> None:
+        """A start that failed leaves nothing, so that the same command can start again."""
+        if not self._keep:
+            taken.give_up()
 
     def _open_ledger(self) -> Ledger | None:
         """The ledger of what is protected; its population are the clients of exactly this partition."""
@@ -209,7 +244,7 @@ class FederatedRun:
                 continue
             words = asdict(spending.statement)
             if self.grid.simulated:
-                words["not_concluded"] = [*words["not_concluded"], _SIMULATED]
+                words["not_concluded"] = [*words["not_concluded"], _KEYED if self.assembly.root.secret else _SIMULATED]
             sampled = protection.client is not None and 0 < protection.client.rate < 1
             found[unit] |= {"participations": None if sampled else spending.participations, "statement": words}
         return found

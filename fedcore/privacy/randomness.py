@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
-__all__ = ["RandomBytes", "derive_key", "keystream"]
+__all__ = ["RandomBytes", "RootKey", "derive_key", "keystream"]
 
 RandomBytes = Callable[[int], bytes]
 _DOMAIN = b"fedcore derived key 1"
@@ -46,6 +47,36 @@ def keystream(key: bytes) -> RandomBytes:
         raise ValueError(f"a keystream takes a key of 32 bytes, got {len(key)}")
     encryptor = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return lambda size: encryptor.update(bytes(size))
+
+
+@dataclass(frozen=True)
+class RootKey:
+    """What all that protects the clients of a simulated run is derived from: noise, Poisson batches and secret coins.
+
+    ``secret``: it comes from a key that stands in none of the run's files; else from the seed, which does.
+    """
+
+    secret: bool
+    _parts: tuple[int | bytes | str, ...] = field(repr=False)
+
+    @classmethod
+    def of_seed(cls, seed: int, run: str = "") -> RootKey:
+        """Repeats to the bit for whoever knows the seed; ``run`` keeps apart the noise of runs that share a ledger."""
+        return cls(False, (seed, run))
+
+    @classmethod
+    def of_key(cls, key: bytes, run: str) -> RootKey:
+        """Repeats for whoever holds the secret ``key``, in the run of the id ``run`` and in no other."""
+        return cls(True, (key, run))
+
+    def derive(self, purpose: str, *place: int) -> bytes:
+        """The key (32 bytes) of one purpose at one place: a round, or a round and a client."""
+        return derive_key(purpose, *self._parts, *place)
+
+    @property
+    def fingerprint(self) -> str:
+        """What a checkpoint remembers a secret key by, salted with the run's id; empty where there is none."""
+        return self.derive("fingerprint").hex() if self.secret else ""
 
 
 def _encoded(part: int | bytes | str) -> tuple[bytes, bytes]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fedcore.data import FederatedData
 from fedcore.errors import Refused
-from fedcore.privacy.randomness import RandomBytes, derive_key, keystream
+from fedcore.privacy.randomness import RandomBytes, RootKey, keystream
 from fedcore.privacy.release import Contribution
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, Update, decode_update, encode_update, update_length
@@ -33,6 +33,7 @@ Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
 DATA_ORDER, _ROUNDING, _VANISHING = 1, 2, 3  # purposes of a client's generators
 CHECK_IN, WORK, AFTERWARDS = "check-in", "work", "afterwards"
+_OF_EXAMPLES = ("example-clipping-norm", "example-noise-multiplier", "example-batches")
 _RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
 
@@ -53,7 +54,7 @@ class RoundTask:
     def to_table(self) -> dict[str, Any]:
         """The task as Flower ConfigRecord values, under the names that strategies may read and change."""
         plan, dp = self.plan, self.plan.dp
-        private = {"example-clipping-norm": dp.clipping_norm, "example-noise-multiplier": dp.noise_multiplier} if dp else {}
+        private = dict(zip(_OF_EXAMPLES, (dp.clipping_norm, dp.noise_multiplier, dp.batches), strict=True)) if dp else {}
         return {
             "epochs": plan.epochs,
             "batch-size": plan.batch_size,
@@ -75,7 +76,7 @@ class RoundTask:
     def guarded(self) -> dict[str, Any]:
         """The part of the table on which a privacy guarantee rests; empty without one. A strategy must leave it alone."""
         keys = ["server-round"] if self.private else []  # noise is drawn anew for every round
-        keys += ["epochs", "batch-size", "example-clipping-norm", "example-noise-multiplier"] if self.plan.dp else []
+        keys += ["epochs", "batch-size", *_OF_EXAMPLES] if self.plan.dp else []
         table = self.to_table()
         return {key: table[key] for key in keys} | (self.release.to_table() if self.release else {})
 
@@ -87,11 +88,13 @@ class RoundTask:
             Refused: a key is missing or has a value that training cannot use.
         """
         try:
-            private = [_number(table, key) for key in ("example-clipping-norm", "example-noise-multiplier") if key in table]
+            norm, noise, batches = _OF_EXAMPLES
+            private = any(key in table for key in _OF_EXAMPLES)
+            dp = DpSgdPlan(_number(table, norm), _number(table, noise), _positive(table, batches)) if private else None
             plan = LocalPlan(
                 epochs=_positive(table, "epochs"),
                 batch_size=_positive(table, "batch-size"),
-                dp=DpSgdPlan(*private) if private else None,
+                dp=dp,
                 **{key: _number(table, key.replace("_", "-")) for key in _RATES},
             )
             columns = (table["activation-names"], table["activation-scales"], table["activation-zero-points"])
@@ -125,31 +128,35 @@ class ClientReply:
 class Clients:
     """The work of clients that hold ``data``; owns one model, on the engine's device.
 
-    Simulated clients draw all that is random from ``seed``, round and client, and a share ``dropout`` of them vanishes in a
-    round. ``real`` ones draw what protects them from the operating system.
+    Simulated clients draw all that is random from ``seed``, round and client, and what protects them from ``root`` instead of the
+    seed; a share ``dropout`` of them vanishes in a round. ``real`` ones draw what protects them from the operating system.
     """
 
     def __init__(
         self, model: nn.Module, data: FederatedData, engine: Engine, *, seed: int, encoding: str, real: bool = False,
-        salt: str = "", dropout: float = 0.0,
+        root: RootKey | None = None, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         self.model = model.to(engine.device)
         self.trainer = make_trainer(engine, self.model)
         self.device = torch.device(engine.device)
-        self.data, self.seed, self.encoding, self.real, self.salt = data, seed, encoding, real, salt
+        self.data, self.seed, self.encoding, self.real = data, seed, encoding, real
+        self._root = root or RootKey.of_seed(seed)
         self._dropout = dropout
         self._ranges: Mapping[str, ActivationRange] = {}
 
     def train(self, start: Tensor, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
         """Train ``clients`` from the parameters ``start`` [d] that they received; one reply each, in order.
 
-        A client whose training raises, or whose update `why_unusable` refuses, gives a reply with a reason.
+        A client whose training raises, or whose update `why_unusable` refuses, gives a reply with a reason; so does one with fewer
+        batches than a round of DP-SGD is charged for, which does not train.
         """
         self._freeze(task.ranges)
         start = start.to(self.device)
         gone = [client for client in clients if not self.arrives(client, task.round_number)]
         yield from (ClientReply(client, 0, math.nan, None, "vanished (cohort.dropout)", 0) for client in gone)
-        clients = [client for client in clients if client not in gone]
+        refusing = {client: reason for client in clients if client not in gone and (reason := self._refuses(client, task.plan))}
+        yield from (self._failed(client, reason, task, telling=False) for client, reason in refusing.items())
+        clients = [client for client in clients if client not in gone and client not in refusing]
         for first in range(0, len(clients), self.trainer.chunk):
             group = clients[first : first + self.trainer.chunk]
             try:
@@ -161,6 +168,9 @@ class Clients:
                     yield self._failed(group[0], f"training failed: {_first_line(error)}", task)
                 continue
             yield from (self._reply(result, task) for result in results)
+
+    def _refuses(self, client: int, plan: LocalPlan) -> str:
+        return plan.dp.why_not(len(self.data.clients[client]), plan.batch_size) if plan.dp else ""
 
     def evaluate(self, values: Tensor, clients: Iterable[int], task: RoundTask) -> Iterator[tuple[int, Score]]:
         """Score the parameters ``values`` [d] on each client's own held-out examples."""
@@ -200,7 +210,7 @@ class Clients:
 
     def _random(self, purpose: str, client: int, task: RoundTask) -> RandomBytes:
         """What protects a client: of the operating system, or a function of run, round, client and purpose."""
-        return os.urandom if self.real else keystream(derive_key(purpose, self.seed, self.salt, task.round_number, client))
+        return os.urandom if self.real else keystream(self._root.derive(purpose, task.round_number, client))
 
     def _generator(self, purpose: str, client: int, task: RoundTask) -> np.random.Generator:
         return np.random.default_rng(int.from_bytes(self._random(purpose, client, task)(32), "little"))
@@ -222,14 +232,14 @@ class Clients:
             update, length = torch.from_numpy(decode_update(sent).values), len(sent)
         return ClientReply(result.client, result.examples, loss, update, "", length)
 
-    def _failed(self, client: int, reason: str, task: RoundTask) -> ClientReply:
+    def _failed(self, client: int, reason: str, task: RoundTask, *, telling: bool = True) -> ClientReply:
         """Under a release a client whose training fails contributes nothing, as zeros: who drops must not depend on its data.
-        Under DP-SGD the reason, which may quote an example, stays on the client."""
+        Under DP-SGD a ``telling`` reason, which may quote an example, stays on the client."""
         examples = len(self.data.clients[client])
         if task.release and not isinstance(task.release, ScoreSum):
             sent = task.release.nothing(self._random("share", client, task))
             return ClientReply(client, examples, math.nan, None, reason, task.release.bytes, sent)
-        return ClientReply(client, examples, math.nan, None, "training failed" if task.plan.dp else reason, 0)
+        return ClientReply(client, examples, math.nan, None, "training failed" if task.plan.dp and telling else reason, 0)
 
     def _tensor(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self.device)

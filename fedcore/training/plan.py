@@ -26,17 +26,30 @@ class DpSgdPlan:
     Every example's gradient is clipped to the L2 norm ``clipping_norm`` over all trainable parameters together; the sum of a
     step receives Gaussian noise of standard deviation ``noise_multiplier * clipping_norm`` in every coordinate.
 
+    ``batches``: the fewest batches an epoch has on any client, for which the round is charged; one with fewer must not train
+    (`poisson_schedule`).
+
     Raises:
-        Refused: one of the two is not a finite number above zero.
+        Refused: norm or noise is not a finite number above zero, or there is less than one batch.
     """
 
     clipping_norm: float
     noise_multiplier: float
+    batches: int = 1
 
     def __post_init__(self) -> None:
         for name, value in (("clipping_norm", self.clipping_norm), ("noise_multiplier", self.noise_multiplier)):
             if not (math.isfinite(value) and value > 0):
                 raise Refused(f"DP-SGD: {name} must be a finite number above 0, got {value!r}")
+        if self.batches < 1:
+            raise Refused(f"DP-SGD: batches must be an integer >= 1, got {self.batches!r}")
+
+    def why_not(self, examples: int, batch_size: int) -> str:
+        """Why a client of so many examples must not train: its steps would cost more than is charged; empty when it may."""
+        own = -(-examples // batch_size)
+        if not 0 < own < self.batches:
+            return ""
+        return f"{examples} examples are {own} batches an epoch, and the round is charged for clients with {self.batches} or more"
 
 
 @dataclass(frozen=True)
@@ -109,7 +122,12 @@ def poisson_schedule(examples: int, plan: LocalPlan) -> tuple[float, int]:
     """Sampling rate and number of steps of a client's round of DP-SGD: 1 / m and epochs * m, m = ceil(examples / batch_size).
 
     ``examples`` is taken to be public. Without examples there are no steps.
+
+    Raises:
+        Refused: fewer batches than the round is charged for.
     """
+    if plan.dp and (reason := plan.dp.why_not(examples, plan.batch_size)):
+        raise Refused(f"DP-SGD: {reason}")
     batches = -(-examples // plan.batch_size)
     return (1 / batches if batches else 0.0), plan.epochs * batches
 

@@ -174,6 +174,7 @@ def test_a_strategy_must_leave_alone_what_the_guarantee_rests_on(scenario):
     release = protection.client.release(3, 1.0)
     task = RoundTask(3, LocalPlan(1, 8, 0.1, dp=protection.example.plan), 10.0, release=release)
     assert RoundTask.from_table(ConfigRecord(task.to_table())) == task
+    assert task.to_table()["example-batches"] == protection.example.event.batches > 1
 
     def messages(clients=(0, 1, 2), **changed):
         table = task.to_table() | {key.replace("_", "-"): value for key, value in changed.items()}
@@ -184,7 +185,8 @@ def test_a_strategy_must_leave_alone_what_the_guarantee_rests_on(scenario):
     protection.check_messages(messages(), task, (0, 1, 2))
     protection.check_messages(messages(lr=9.0, proximal_mu=0.5), task, (0, 1, 2))
     guarded = {
-        "epochs": 2, "batch_size": 4, "example_clipping_norm": 2.0, "example_noise_multiplier": 0.1, "server_round": 2,
+        "epochs": 2, "batch_size": 4, "example_clipping_norm": 2.0, "example_noise_multiplier": 0.1, "example_batches": 1,
+        "server_round": 2,
         "release_clipping_norm": 5.0, "release_noise_multiplier": 0.1, "release_cohort": 100, "release_weight_cap": 3,
     }  # fmt: skip
     for key, value in guarded.items():
@@ -203,6 +205,7 @@ def test_a_client_gives_no_less_protection_than_its_own_scenario_has(scenario):
     for other in (
         dataclasses.replace(task, plan=dataclasses.replace(plan, dp=None)),
         dataclasses.replace(task, plan=dataclasses.replace(plan, dp=weaker)),
+        dataclasses.replace(task, plan=dataclasses.replace(plan, dp=dataclasses.replace(plan.dp, clipping_norm=2.0))),
         dataclasses.replace(task, plan=dataclasses.replace(plan, epochs=2)),
         dataclasses.replace(task, plan=dataclasses.replace(plan, batch_size=4)),
         dataclasses.replace(task, release=None),
@@ -211,6 +214,8 @@ def test_a_client_gives_no_less_protection_than_its_own_scenario_has(scenario):
     ):
         with pytest.raises(Refused, match="the coordinator asks for another"):
             protection.check_task(RoundTask.from_table(ConfigRecord(other.to_table())), trains=True)
+    more = dataclasses.replace(task, plan=dataclasses.replace(plan, dp=dataclasses.replace(plan.dp, batches=50)))
+    protection.check_task(more, trains=True)  # others' data are stand-ins on a node: its own are counted when it trains
     with pytest.raises(Refused, match="tells no accuracy"):
         protection.check_task(task, trains=False)
     assemble(scenario()).protection.check_task(dataclasses.replace(task, release=None), trains=False)

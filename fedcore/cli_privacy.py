@@ -1,4 +1,4 @@
-"""``fedcore privacy``: what a plan would cost, how much noise a target takes, and what a ledger has spent."""
+"""``fedcore privacy``: what a plan would cost, how much noise a target takes, what a ledger has spent, and secret keys."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, help="Differential privacy: cost of a plan, noise for a target, ledgers."
+    no_args_is_help=True, add_completion=False, help="Differential privacy: cost of a plan, noise for a target, ledgers, keys."
 )
 _WIDTH = 80
 _LARGE_MU = 1e12  # above it the Skellam bound differs from its limit by less than the digits shown
@@ -205,6 +205,21 @@ def ledger(
             _print_spending(one)
 
 
+@app.command()
+def key(
+    file: Annotated[Path, typer.Argument(help="The file to make; an existing one is never touched.", metavar="FILE")],
+) -> None:
+    """Make a secret key for simulated runs whose model is published: their noise and coins then derive from it, not from the seed.
+
+    Keep it apart from what you publish, and as long as a run may be resumed.
+    """
+    with clear_errors():
+        from fedcore.coordinator.key import make_key
+
+        make_key(file)
+        print(f"made {file}, mode 600; name it in the scenario as privacy.key, relative to the scenario's folder")
+
+
 def _ledger_of(where: str) -> str | Path:
     """The ledger at ``where``, or that of the run whose directory it is."""
     from fedcore.config import load_config
@@ -222,7 +237,8 @@ def _ledger_of(where: str) -> str | Path:
 
 def _cost(plan: Plan, noise: float) -> dict[str, Any]:
     """The numbers of one plan, as the JSON object."""
-    from fedcore.privacy.accountant import epsilon, gaussian_approximation, prv_epsilon, rdp_epsilon
+    from fedcore.privacy.accountant import counted_by_draws, epsilon, gaussian_approximation, prv_epsilon, rdp_epsilon
+    from fedcore.privacy.statement import statement
 
     found: dict[str, Any] = {"unit": plan.unit, "mechanism": plan.mechanism, "noise": noise, "delta": plan.delta}
     own = plan.event(noise)
@@ -235,6 +251,8 @@ def _cost(plan: Plan, noise: float) -> dict[str, Any]:
     events = {plan.event(noise, amplified=True): plan.rounds or 0}
     for name, function in (("pld", epsilon), ("prv", prv_epsilon), ("rdp", rdp_epsilon)):
         found[name] = function(events, plan.delta)
+    if counted_by_draws(events, plan.delta):
+        found["bound"] = statement(events).bound
     counts = plan.counts if plan.kind == "gaussian" else sorted({*plan.counts, plan.rounds or 0})
     return {**found, "rounds": plan.rounds, "coordinator": {str(count): epsilon({own: count}, plan.delta) for count in counts}}
 
@@ -256,12 +274,13 @@ def _print_cost(plan: Plan, found: dict[str, Any]) -> None:
     else:
         each = f"sampling rate {plan.rate:g}" if plan.kind == "gaussian" else f"{plan.epochs} x {plan.batches} batches each"
         checked = (
-            ("PLD: the number to use", "pld"),
+            ("by draws: an upper bound" if "bound" in found else "PLD: the number to use", "pld"),
             ("PRV: cross-check, up to 0.01 above", "prv"),
             ("RDP: cross-check, looser", "rdp"),
         )
         head = (f"published models, {plan.rounds} rounds, {each}", "epsilon")
         _print(_table(head, [[name, _shown(found[key])] for name, key in checked]), "")
+        _paragraph("computed", *[found[key] for key in ("bound",) if key in found])
         _paragraph("assumes", words.released)
         head = ("coordinator's view, rounds a client takes part in", "epsilon")
         _print("", _table(head, [[count, _shown(value)] for count, value in found["coordinator"].items()]), "")

@@ -4,7 +4,8 @@ Adjacency is "with or without": one client's whole contribution (unit ``client``
 there, or is replaced by nothing (add-or-remove; for a sum of shares, zero-out).
 
 The number claimed is the exact Gaussian curve where no sampling is counted, the privacy loss distribution of dp-accounting where
-it is (rounded pessimistically), and a bound by integer Renyi orders where Skellam noise takes part. PRV (Opacus) and RDP are
+it is (rounded pessimistically), and a bound by integer Renyi orders where Skellam noise takes part. DP-SGD with so little noise
+that one draw of an example gives it away is bounded by how often it is drawn (`counted_by_draws`). PRV (Opacus) and RDP are
 cross-checks. Opacus's GDP accountant is an approximation that under-reports and is not offered.
 """
 
@@ -21,6 +22,7 @@ import numpy.typing as npt
 
 from fedcore.errors import Refused
 from fedcore.privacy.events import (
+    LEAST_SAMPLED_NOISE,
     MOST_STEPS,
     NOISE_RANGE,
     DpSgd,
@@ -38,8 +40,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Composition", "DpSgd", "Event", "GaussianRelease", "SkellamRelease", "check_delta", "composed_epsilon", "composition",
-    "epsilon", "event_from_table", "event_to_table", "gaussian_approximation", "prv_epsilon", "rdp_epsilon", "rounds_left",
-    "skellam_divergence", "solve_noise", "without_amplification",
+    "counted_by_draws", "epsilon", "event_from_table", "event_to_table", "gaussian_approximation", "prv_epsilon", "rdp_epsilon",
+    "rounds_left", "skellam_divergence", "solve_noise", "without_amplification",
 ]  # fmt: skip
 
 SMALLEST_DELTA = 1e-10
@@ -71,6 +73,8 @@ def epsilon(events: Mapping[Event, int], delta: float) -> float:
 def composition(events: Mapping[Event, int]) -> Composition:
     """``events`` as a value that can be hashed; those of count zero are left out."""
     for event, count in events.items():
+        if isinstance(count, int) and count > MOST_STEPS:
+            raise Refused(f"{count} rounds are more than the {MOST_STEPS} that can be accounted for; lower run.rounds (--rounds)")
         check_number(f"count of {type(event).__name__}", count, 0, MOST_STEPS, whole=True)
     return frozenset((event, count) for event, count in events.items() if count)
 
@@ -80,7 +84,12 @@ def composed_epsilon(events: Composition, delta: float) -> float:
     """`epsilon` of a `composition`; remembered, since a ledger asks for the same ones again and again."""
     if any(isinstance(event, SkellamRelease) for event, _ in events):
         return _renyi_epsilon(events, delta)
-    return _loss_epsilon(_worst_steps(events, delta), delta)
+    return _loss_epsilon(*_worst_steps(events, delta))
+
+
+def counted_by_draws(events: Mapping[Event, int], delta: float) -> bool:
+    """Whether epsilon is an upper bound by how often an example is drawn, above 50 and possibly several times too large."""
+    return _worst_steps(composition(events), check_delta(delta))[1] < delta
 
 
 def gaussian_approximation(events: Mapping[Event, int], delta: float) -> float:
@@ -101,30 +110,33 @@ def rdp_epsilon(events: Mapping[Event, int], delta: float) -> float:
     if any(isinstance(event, SkellamRelease) for event, _ in chosen):
         return _renyi_epsilon(chosen, check_delta(delta))
     accountant = rdp.RdpAccountant(orders=_ORDERS[_ORDERS <= _HIGHEST_SAMPLED_ORDER])
-    for (noise, rate), count in _worst_steps(chosen, check_delta(delta)).items():
+    steps, left = _worst_steps(chosen, check_delta(delta))
+    for (noise, rate), count in steps.items():
         accountant.compose(dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise)), count)
-    return float(accountant.get_epsilon(delta))
+    return float(accountant.get_epsilon(left))
 
 
 def prv_epsilon(events: Mapping[Event, int], delta: float) -> float | None:
     """Epsilon by Opacus's PRV accountant, its upper bound with an error of 0.01: a cross-check.
 
-    None where its grid would not fit into memory, or has no point at this delta.
+    None where its grid would not fit into memory, or has no point at this delta, or where epsilon is `counted_by_draws`.
 
     Raises:
         Refused: an event with Skellam noise, which it does not know.
     """
-    from opacus.accountants import PRVAccountant
-
     chosen = composition(events)
     if any(isinstance(event, SkellamRelease) for event, _ in chosen):
         raise Refused("the PRV accountant knows no Skellam noise; use the Renyi bound")
-    steps = _worst_steps(chosen, check_delta(delta))
+    steps, left = _worst_steps(chosen, check_delta(delta))
     if not steps:
         return 0.0
+    if left < delta:
+        return None
     mesh = 0.01 / math.sqrt(sum(steps.values()) * math.log(12_000 / delta) / 2)
     if 2 * rdp_epsilon(events, delta) / mesh > _WIDEST_PRV:
         return None
+    from opacus.accountants import PRVAccountant  # here, since it brings torch
+
     accountant = PRVAccountant()
     accountant.history = [(noise, rate, count) for (noise, rate), count in steps.items()]
     with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
@@ -185,13 +197,25 @@ def _first(holds: Callable[[int], bool], low: int, high: int) -> int:
     return high
 
 
-def _worst_steps(events: Composition, delta: float) -> Steps:
-    """The steps of the client whose numbers of batches, at least those of the `DpSgd` events, cost the most.
+@lru_cache(maxsize=4096)
+def _worst_steps(events: Composition, delta: float) -> tuple[Steps, float]:
+    """The steps of the client whose numbers of batches, at least those of the `DpSgd` events, cost the most; and delta for them.
 
-    Up to a peak epsilon rises with the number of batches, and from there on falls: climbed one event at a time.
+    Up to a peak epsilon rises with the number of batches, and from there on falls: climbed one event at a time. Where noise is so
+    little that the peak lies far out, or no peak is found, the steps are `_drawn` ones.
+
+    Raises:
+        Refused: more steps than can be accounted for.
     """
     batches = {event: event.batches for event, _ in events if isinstance(event, DpSgd)}
     best = _steps(events, batches)
+    if sum(best.values()) > MOST_STEPS:
+        raise Refused(
+            f"{sum(best.values())} steps (rounds x epochs x batches an epoch) are more than the {MOST_STEPS} that can be accounted "
+            "for; lower run.rounds or training.epochs, or raise training.batch_size (in a plan --rounds, --epochs, --batches)"
+        )
+    if any(event.noise_multiplier < LEAST_SAMPLED_NOISE for event in batches):
+        return _drawn(events, delta)
     cost = _loss_epsilon(best, delta) if batches else 0.0
     improving = bool(batches)
     while improving:
@@ -200,10 +224,42 @@ def _worst_steps(events: Composition, delta: float) -> Steps:
             while True:
                 more = {**batches, event: batches[event] + max(1, batches[event] // 8)}
                 tried = _steps(events, more)
+                if sum(tried.values()) > 2 * MOST_STEPS:
+                    return _drawn(events, delta)
                 if (higher := _loss_epsilon(tried, delta)) <= cost * (1 + 1e-9):
                     break
                 best, cost, batches, improving = tried, higher, more, len(batches) > 1
-    return best
+    return best, delta
+
+
+def _drawn(events: Composition, delta: float) -> tuple[Steps, float]:
+    """Steps that cost at least as much as the `DpSgd` events, whatever the numbers of batches, at the delta that is left: half.
+
+    In E epochs of m batches an example is drawn J times, J binomial of mean E; given the draws, J unsampled Gaussian steps
+    separate the two cases. A mixture over draws costs no more than its costliest part, and with probability 1 - delta / 2 no J
+    is above `_most_draws`.
+    """
+    local = [event for event, _ in events if isinstance(event, DpSgd)]
+    steps = _steps(frozenset((event, count) for event, count in events if not isinstance(event, DpSgd)), {})
+    for event, count in events:
+        if isinstance(event, DpSgd):
+            mean = count * event.epochs
+            key = (event.noise_multiplier, 1.0)
+            steps[key] = steps.get(key, 0) + _most_draws(mean, delta / 2 / len(local))
+    return dict(sorted(steps.items())), delta / 2
+
+
+def _most_draws(mean: int, chance: float) -> int:
+    """What a sum J of independent coins exceeds with at most ``chance``, by Chernoff: P(J >= n) <= e^(n - mean) (mean / n)^n."""
+
+    def rare(draws: int) -> bool:
+        n = draws + 1
+        return n - mean + n * math.log(mean / n) <= math.log(chance)
+
+    high = 2 * mean
+    while not rare(high):
+        high *= 2
+    return _first(rare, mean, high)
 
 
 def _steps(events: Composition, batches: Mapping[DpSgd, int]) -> Steps:
@@ -217,7 +273,6 @@ def _steps(events: Composition, batches: Mapping[DpSgd, int]) -> Steps:
         else:
             raise Refused(f"{type(event).__name__} is not made of Gaussian steps")
         steps[key] = steps.get(key, 0) + count * repeated
-    check_number("number of steps", sum(steps.values()), 0, MOST_STEPS, whole=True)
     return dict(sorted(steps.items()))  # the order of a set must not decide a last digit
 
 
@@ -298,7 +353,9 @@ def _renyi_epsilon(events: Composition, delta: float) -> float:
     from dp_accounting import rdp
 
     skellam = [(event, count) for event, count in events if isinstance(event, SkellamRelease)]
-    steps = _worst_steps(frozenset((event, count) for event, count in events if not isinstance(event, SkellamRelease)), delta)
+    steps, delta = _worst_steps(
+        frozenset((event, count) for event, count in events if not isinstance(event, SkellamRelease)), delta
+    )  # fmt: skip
     orders = _ORDERS[_ORDERS <= _HIGHEST_SAMPLED_ORDER] if any(rate < 1 for _, rate in steps) else _ORDERS
     accountant = rdp.RdpAccountant(orders=orders)
     for (noise, rate), count in steps.items():

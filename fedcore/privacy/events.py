@@ -11,12 +11,13 @@ from typing import Any
 from fedcore.errors import Refused
 
 __all__ = [
-    "MOST_STEPS", "NOISE_RANGE", "DpSgd", "Event", "GaussianRelease", "SkellamRelease", "check_number", "event_from_table",
-    "event_to_table", "is_amplified", "without_amplification",
+    "LEAST_SAMPLED_NOISE", "MOST_STEPS", "NOISE_RANGE", "DpSgd", "Event", "GaussianRelease", "SkellamRelease", "check_number",
+    "event_from_table", "event_to_table", "is_amplified", "without_amplification",
 ]  # fmt: skip
 
 NOISE_RANGE = (0.01, 1e5)
 MOST_STEPS = 10_000_000
+LEAST_SAMPLED_NOISE = 0.15  # with less, one draw of an example costs an epsilon above 50, and sampling hides next to nothing
 
 
 @dataclass(frozen=True)

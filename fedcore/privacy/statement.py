@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from fedcore.privacy.events import DpSgd, Event, GaussianRelease, SkellamRelease, is_amplified
+from fedcore.privacy.events import LEAST_SAMPLED_NOISE, DpSgd, Event, GaussianRelease, SkellamRelease, is_amplified
 
 __all__ = ["Statement", "statement"]
 
@@ -25,7 +25,8 @@ class Statement:
 def statement(events: Collection[Event]) -> Statement:
     """The words for ``events``, all of one unit."""
     if all(isinstance(event, DpSgd) for event in events):
-        return _EXAMPLE
+        drawn = any(event.noise_multiplier < LEAST_SAMPLED_NOISE for event in events)
+        return replace(_EXAMPLE, bound=_DRAWN) if drawn else _EXAMPLE
     amplified = any(is_amplified(event) for event in events)
     central = any(isinstance(event, GaussianRelease) for event in events)
     shared = any(isinstance(event, SkellamRelease) for event in events)
@@ -44,6 +45,10 @@ def statement(events: Collection[Event]) -> Statement:
 
 
 _SAMPLED = "privacy loss distribution of the sampled Gaussian (dp-accounting), rounded upwards"
+_DRAWN = (
+    "upper bound by how often an example is drawn, up to several times too large: with noise this small an epsilon says nothing "
+    "but that hardly anything is protected"
+)
 _SKELLAM = "certified bound for Skellam noise by integer Renyi orders (Agarwal et al. 2021), rounded upwards"
 _AMPLIFIED = (
     "Someone sees the published models and nothing else. Each registered client joined a round by its own secret coin, whose bias "

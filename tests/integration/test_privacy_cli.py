@@ -65,6 +65,29 @@ def test_the_unit_example():
     assert found["pld"] == pytest.approx(found["prv"], rel=0.01)
 
 
+def test_where_noise_is_next_to_nothing_a_bound_is_given_and_called_one():
+    plan = "--unit example --batches 10 --epochs 2 --rounds 20 --delta 1e-5"
+    found = answer(f"epsilon {plan} --noise 0.01")
+    assert 348950 < found["pld"] < 1.1 * 348950, "dp-accounting's number, and not much more"
+    assert found["bound"].startswith("upper bound by how often an example is drawn")
+    assert found["prv"] is None
+    shown = " ".join(privacy(f"epsilon {plan} --noise 0.01").stdout.split())
+    assert "by draws: an upper bound 3." in shown
+    assert "an epsilon says nothing but that hardly anything is protected" in shown
+    assert "PLD: the number to use" not in shown
+    assert "bound" not in answer(f"epsilon {plan} --noise 1")
+    target = answer(f"noise {plan} --target-epsilon 1000000")
+    assert target["epsilon"] <= 1_000_000
+    assert target["bound"]
+
+
+def test_more_steps_than_can_be_accounted_for_name_the_options():
+    done = privacy("epsilon --unit example --batches 100 --epochs 200 --rounds 1000 --noise 1 --delta 1e-5")
+    assert (done.exit_code, done.stderr.count("\n")) == (2, 1)
+    assert "20000000 steps (rounds x epochs x batches an epoch) are more than the 10000000" in done.stderr
+    assert "--rounds, --epochs, --batches" in done.stderr
+
+
 @pytest.mark.parametrize(
     "line",
     [

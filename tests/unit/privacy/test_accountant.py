@@ -10,6 +10,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.special import ive, logsumexp
+from scipy.stats import binom, poisson
 
 from fedcore.errors import Refused
 from fedcore.privacy import accountant
@@ -17,6 +18,7 @@ from fedcore.privacy.accountant import (
     DpSgd,
     GaussianRelease,
     SkellamRelease,
+    counted_by_draws,
     epsilon,
     event_from_table,
     event_to_table,
@@ -127,6 +129,57 @@ def test_the_fewest_batches_are_the_worst_only_from_a_peak_on():
     assert epsilon({DpSgd(0.6, 1, 1): 1}, 1e-5) == costs[2]
     usual = [with_batches(1.0, number, 1, 20) for number in (1, 2, 3, 5, 10, 100)]
     assert usual == sorted(usual, reverse=True)
+
+
+@pytest.mark.parametrize(("epochs", "times"), [(1, 1), (1, 20), (5, 4)])
+@pytest.mark.parametrize("noise", [0.02, 0.08, 0.149])
+def test_with_hardly_any_noise_draws_bound_every_client_at_once(monkeypatch, noise, epochs, times):
+    slow = max(with_batches(noise, number, epochs, times) for number in (1, 2, 4, 10, 40))
+    plan = {DpSgd(noise, 1, epochs): times}
+    monkeypatch.setattr(accountant, "_composed", None)  # no distribution is composed: that took up to a minute
+    assert slow <= epsilon(plan, 1e-5) <= 4 * slow
+    assert epsilon(plan, 1e-5) <= rdp_epsilon(plan, 1e-5)
+    assert prv_epsilon(plan, 1e-5) is None
+    assert counted_by_draws(plan, 1e-5)
+
+
+def test_the_bound_by_draws_begins_where_epsilon_means_nothing_and_never_falls_with_less_noise():
+    costs = [epsilon({DpSgd(noise, 3, 1): 2}, 1e-5) for noise in (0.12, 0.1499, 0.15, 0.2)]
+    assert costs == sorted(costs, reverse=True)
+    assert costs[2] > 50
+    assert not counted_by_draws({DpSgd(0.15, 3, 1): 2}, 1e-5)
+
+
+@pytest.mark.parametrize("chance", [1e-12, 5e-6, 0.4])
+@pytest.mark.parametrize("mean", [1, 7, 300])
+def test_how_often_an_example_is_drawn(mean, chance):
+    bound = accountant._most_draws(mean, chance)
+    exact = [binom.isf(chance, mean * batches, 1 / batches) for batches in (1, 2, 10, 1000)]
+    assert max(exact) <= bound
+    assert bound <= poisson.isf(chance, mean) + 4 + 3 * math.sqrt(mean)
+
+
+def test_a_peak_that_is_not_found_is_bounded_by_draws(monkeypatch):
+    """Where the climb would leave the steps that can be accounted for before epsilon falls."""
+    peak = epsilon({DpSgd(0.6, 1, 1): 1}, 1e-5)
+    accountant.composed_epsilon.cache_clear()
+    accountant._worst_steps.cache_clear()
+    monkeypatch.setattr(accountant, "MOST_STEPS", 1)
+    assert counted_by_draws({DpSgd(0.6, 1, 1): 1}, 1e-5)
+    assert epsilon({DpSgd(0.6, 1, 1): 1}, 1e-5) > peak
+    accountant.composed_epsilon.cache_clear()
+    accountant._worst_steps.cache_clear()
+
+
+def test_too_many_steps_say_what_is_allowed_and_which_keys_to_change():
+    with pytest.raises(Refused) as refused:
+        epsilon({DpSgd(1.0, 10_000, 1000): 2}, 1e-5)
+    assert str(refused.value) == (
+        "20000000 steps (rounds x epochs x batches an epoch) are more than the 10000000 that can be accounted for; lower "
+        "run.rounds or training.epochs, or raise training.batch_size (in a plan --rounds, --epochs, --batches)"
+    )
+    with pytest.raises(Refused, match=r"20000000 rounds are more than the 10000000 that can be accounted for; lower run.rounds"):
+        epsilon({DpSgd(1.0, 1, 1): 20_000_000}, 1e-5)
 
 
 def test_two_kinds_of_local_training_are_climbed_together():

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from fedcore import __version__, cli_privacy, cli_secagg
 from fedcore.errors import Refused
-from fedcore.terminal import clear_errors, new_console
+from fedcore.terminal import Commands, clear_errors, new_console
 
 if TYPE_CHECKING:
     from fedcore.report.compare import Comparison
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    name="fedcore", no_args_is_help=True, add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False,
+    name="fedcore", cls=Commands, no_args_is_help=True, add_completion=False, rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
     help="Federated learning coordinator: simulate, fine-tune quantization-aware, aggregate, re-quantize.",
 )  # fmt: skip
 app.add_typer(cli_privacy.app, name="privacy")

@@ -64,10 +64,9 @@ class _Watch:
 
 def _headline(run: FederatedRun) -> str:
     config, engine = run.config, run.assembly.engine
-    cohort = config.cohort.size or len(run.grid.nodes)
     start = f", continuing after round {run.first_round - 1}" if run.first_round > 1 else ""
     return (
-        f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, cohort {cohort}, "
+        f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, cohort {_planned(run)}, "
         f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {run.grid.place}){start}"
     )
 
@@ -104,24 +103,38 @@ def _privacy(metrics: dict[str, Any]) -> list[str]:
 
 def _follow_live(run: SimulatedRun, console: Console) -> None:
     headline, watch, recent = Text(_headline(run), style="bold"), _Watch(run), list[dict[str, Any]]()
-    bars = _bars(run, watch)
+    bars, secret = _bars(run, watch), _draws_in_secret(run)
 
     def picture() -> RenderableType:
-        bars.update(bars.task_ids[1], completed=run.grid.clients_done, total=len(run.grid.nodes))
+        if not secret:
+            done, drawn = run.grid.clients_done, len(run.grid.nodes)
+            bars.update(bars.task_ids[1], completed=done, total=drawn, count=f"{done}/{drawn}")
         return Group(headline, _table(recent, watch), bars)
 
     with Live(get_renderable=picture, console=console, refresh_per_second=5):
         for metrics in run.rounds():
             recent = [*recent, metrics][-_RECENT:]
-            bars.update(bars.task_ids[0], completed=metrics["round"], left=f"{watch.left(metrics['round'])} left")
+            left, count = f"{watch.left(metrics['round'])} left", f"{metrics['round']}/{watch.total}"
+            bars.update(bars.task_ids[0], completed=metrics["round"], count=count, left=left)
+
+
+def _draws_in_secret(run: FederatedRun) -> bool:
+    """Whether a round's cohort comes from coins, which its size, and how fast it works, would tell something about."""
+    unit = run.assembly.protection.client
+    return unit is not None and 0 < unit.rate < 1
 
 
 def _bars(run: SimulatedRun, watch: _Watch) -> Progress:
-    columns = (TextColumn("{task.description:>8}"), BarColumn(bar_width=40), TextColumn("{task.completed:.0f}/{task.total:.0f}"))
+    columns = (TextColumn("{task.description:>8}"), BarColumn(bar_width=40), TextColumn("{task.fields[count]}"))
     bars = Progress(*columns, TextColumn("{task.fields[left]}"))
-    bars.add_task("rounds", total=watch.total, completed=watch.done, left="")
-    bars.add_task("clients", total=len(run.grid.nodes), left="in this round")
+    bars.add_task("rounds", total=watch.total, completed=watch.done, count=f"{watch.done}/{watch.total}", left="")
+    planned = f"{_planned(run)} planned" if _draws_in_secret(run) else ""
+    bars.add_task("clients", total=None, count=planned, left="in this round")
     return bars
+
+
+def _planned(run: FederatedRun) -> int:
+    return run.config.cohort.size or len(run.assembly.data.clients)
 
 
 def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:

@@ -3,20 +3,59 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import click
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from fedcore.errors import FedcoreError, Refused
 
-__all__ = ["clear_errors", "new_console"]
+__all__ = ["Commands", "clear_errors", "new_console"]
 
-_NO_READER, _DEFECT = 141, 70  # as shells and sysexits.h have them
+_NO_READER, _DEFECT, _WRONG_USE = 141, 70, 2  # as shells, sysexits.h and click have them
+
+
+class Commands(TyperGroup):
+    """The root of a command line on which a wrong or missing option or argument is one line, of any command below it."""
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click has it, but for errors."""
+        with _one_line():
+            return super().make_context(*args, **extra)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """As click has it, but for errors."""
+        with _one_line():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.exceptions.NoArgsIsHelpError:  # shows the help
+        raise
+    except click.UsageError as error:
+        place = f"; see {error.ctx.command_path} --help" if error.ctx else ""
+        print(f"error: {_wording(error)}{place}", file=sys.stderr)
+        raise typer.Exit(_WRONG_USE) from None
+
+
+def _wording(error: click.UsageError) -> str:
+    """What click says, with the nearest name where it knows one."""
+    if isinstance(error, click.NoSuchOption):
+        nearest = f" (did you mean {error.possibilities[0]}?)" if error.possibilities else ""
+        return f"no such option {error.option_name}{nearest}"
+    said = " ".join(error.format_message().split()).rstrip(".")
+    said = re.sub(r"\. Did you mean (.*)\?$", r" (did you mean \1?)", said)
+    return said[:1].lower() + said[1:]
 
 
 def new_console() -> Console:

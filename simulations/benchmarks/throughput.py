@@ -1,7 +1,7 @@
 """Rounds of federated training, beside the same work in a plain torch loop on two processes.
 
-The work: 100 clients with 50 synthetic examples of 1x28x28 each, one local epoch, batch 10, SGD 0.1. Ours is the whole
-coordinator: strategy, messages, grid, durable commit of every round. The plain loop is what one would write without it: two
+The work: 100 clients with 50 synthetic examples of 1x28x28 each (imu_cnn: 6x64), one local epoch, batch 10, SGD 0.1. Ours is the
+whole coordinator: strategy, messages, grid, durable commit of every round. The plain loop is what one would write without it: two
 forked processes with half of the clients each, torch.optim.SGD, a weighted sum. Both are measured in turn in one run; medians
 are printed, and max_abs_diff is the largest difference of a parameter after one round.
 
@@ -40,22 +40,23 @@ from fedcore.coordinator.strategy import accepts_mean, build_strategy
 from fedcore.data import Dataset, Examples, FederatedData
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
-from fedcore.models import build_model
+from fedcore.models import ZOO, build_model
 from fedcore.quantization.layers import calibrate
 from fedcore.state.sqlite import RunStore
 from fedcore.training.client import DATA_ORDER
 from fedcore.training.engine import choose_engine
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, batch_order, client_rng
 
-HOLDERS, EXAMPLES, SHAPE, CLASSES = 100, 50, (1, 28, 28), 10
+HOLDERS, EXAMPLES, CLASSES = 100, 50, 10
+IMAGE, WINDOW = (1, 28, 28), (6, 64)
 PLAN = LocalPlan(epochs=1, batch_size=10, lr=0.1)
 STEP_NOISE = 3  # purpose of a generator, beside DATA_ORDER
 
 
-def federation(clients: int) -> FederatedData:
-    """``clients`` clients of 50 examples; past 100 they share examples, so that the data's memory does not grow."""
+def federation(clients: int, shape: tuple[int, ...] = IMAGE) -> FederatedData:
+    """``clients`` clients of 50 examples of ``shape``; past 100 they share examples, so that the data's memory does not grow."""
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((HOLDERS * EXAMPLES + 100, *SHAPE), np.float32)
+    x = rng.standard_normal((HOLDERS * EXAMPLES + 100, *shape), np.float32)
     y = rng.integers(0, CLASSES, len(x))
     train, test = Examples(x, y), Examples(x[:100], y[:100])
     dataset = Dataset("synthetic", tuple(map(str, range(CLASSES))), train, test, None, 0.0, 1.0)
@@ -66,11 +67,12 @@ def federation(clients: int) -> FederatedData:
 
 def assembly(config: RunConfig, clients: int) -> Assembly:
     """The scenario around the synthetic federation."""
-    data = federation(clients)
+    shape = WINDOW if config.model.name == "imu_cnn" else IMAGE
+    data = federation(clients, shape)
     model = build_model(
-        config.model, quantized=config.quantization.enabled, input_shape=SHAPE, classes=CLASSES, seed=0, folder=config.folder
+        config.model, quantized=config.quantization.enabled, input_shape=shape, classes=CLASSES, seed=0, folder=config.folder
     )  # fmt: skip
-    return Assembly(config, data, model, choose_engine(config.engine, model, SHAPE), build_strategy(config))
+    return Assembly(config, data, model, choose_engine(config.engine, model, shape), build_strategy(config))
 
 
 @contextmanager
@@ -222,7 +224,7 @@ def start_up(arguments: list[str]) -> float:
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description="Rounds of federated training beside a plain torch loop on two processes.")
-    parser.add_argument("--model", choices=("cnn", "mlp", "lenet", "dscnn"), default="cnn")
+    parser.add_argument("--model", choices=tuple(ZOO), default="cnn")
     parser.add_argument("--qat", action="store_true", help="train quantization-aware and send int8 weights")
     parser.add_argument("--dp", action="store_true", help="DP-SGD in one process, beside Opacus's loop instead of the plain one")
     parser.add_argument("--engine", choices=("auto", "native", "loop", "vmap"), default="auto")

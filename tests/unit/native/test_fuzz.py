@@ -1,0 +1,71 @@
+"""Networks that nobody wrote: whatever the generator takes equals torch, private or not."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from native_clients import federation, updates, why_no_compiler
+from torch import nn
+
+from fedcore.native.trainer import NativeTrainer
+from fedcore.training.local import LoopTrainer
+from fedcore.training.plan import DpSgdPlan, LocalPlan, client_rng
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiles")]
+
+PLAN = LocalPlan(epochs=1, batch_size=4, lr=0.05, momentum=0.5, weight_decay=0.01, proximal_mu=0.1)
+PRIVATE = dataclasses.replace(PLAN, dp=DpSgdPlan(1.0, 0.5))
+
+
+@st.composite
+def networks(draw):
+    """A shape and a list of layers that fit it, as (constructor, arguments)."""
+    small = st.integers(1, 3)
+    channels, height, width = draw(st.integers(1, 20)), draw(st.integers(5, 11)), draw(st.integers(5, 11))
+    shape, layers = (channels, height, width), []
+    for _ in range(draw(st.integers(1, 4))):
+        kind = draw(st.sampled_from(["conv", "conv", "depthwise", "max", "mean", "relu", "relu6"]))
+        kernel, stride = (draw(small), draw(small)), (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
+        if kind in {"relu", "relu6"}:
+            layers.append((nn.ReLU if kind == "relu" else nn.ReLU6, (), {}))
+            continue
+        pad = tuple(draw(st.integers(0, k // 2)) for k in kernel)
+        sizes = [(size + 2 * p - k) // s + 1 for size, p, k, s in zip((height, width), pad, kernel, stride, strict=True)]
+        if min(sizes) < 1:
+            continue
+        if kind in {"max", "mean"}:
+            layers.append((nn.MaxPool2d if kind == "max" else nn.AvgPool2d, (kernel, stride, pad), {}))
+        else:
+            groups = channels if kind == "depthwise" else 1
+            out = channels if kind == "depthwise" else draw(st.sampled_from([1, 3, 5, 8, 16, 17, 33]))
+            layers.append((nn.Conv2d, (channels, out, kernel, stride, pad), {"groups": groups, "bias": draw(st.booleans())}))
+            channels = out
+        height, width = sizes
+    layers += [(nn.Flatten, (), {}), (nn.Linear, (channels * height * width, draw(st.integers(1, 20))), {})]
+    layers += [(nn.ReLU, (), {}), (nn.Linear, (layers[-1][1][1], 4), {})]
+    return shape, layers
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(networks())
+def test_any_network_equals_torch(drawn):
+    shape, layers = drawn
+
+    def model_of():
+        torch.manual_seed(2)
+        return nn.Sequential(*(kind(*arguments, **named) for kind, arguments, named in layers)).double()
+
+    for plan in (PLAN, PRIVATE):
+        found = []
+        for trainer in (LoopTrainer, NativeTrainer):
+            clients = [
+                dataclasses.replace(c, noise_rng=client_rng(1, 1, c.client, 2))
+                for c in federation(shape, torch.float64, sizes=(9, 1))
+            ]  # fmt: skip
+            update, losses = updates(trainer(model_of()), clients, plan)
+            found.append(update)
+            assert plan.dp or all(math.isfinite(loss) for loss in losses)
+        torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)

@@ -91,8 +91,7 @@ class Release:
         """
         if self.shares:
             return self.joint.decode(decode(self.shares, total.astype(np.int64), survivors), self.cohort, survivors)
-        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(int.from_bytes(random(32), "little"))))
-        noise = gaussian_noise(self.joint.norm_bound, self.noise_multiplier, self.size, generator)
+        noise = gaussian_noise(self.joint.norm_bound, self.noise_multiplier, self.size, random)
         return self.joint.decode(total + noise, self.cohort)
 
     def to_table(self) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """`fedcore privacy` as a user runs it; in this process, except where the process is the point."""
 
 import json
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -181,6 +182,19 @@ def test_what_a_person_reads_fits_a_terminal_and_says_what_not_to_conclude(run_d
     for text in (shown, cost, noise, example):
         assert max(map(len, text.splitlines())) <= 80
         assert "\x1b" not in text
+
+
+def test_a_key_is_made_once_and_not_shown(tmp_path):
+    path = tmp_path / "secret.key"
+    made = privacy("key", path)
+    assert (made.exit_code, made.stderr) == (0, "")
+    assert made.stdout == f"made {path}, mode 600; name it in the scenario as privacy.key, relative to the scenario's folder\n"
+    key = path.read_bytes()
+    assert (len(key), stat.S_IMODE(path.stat().st_mode)) == (32, 0o600)
+    again = privacy("key", path)
+    assert (again.exit_code, again.stdout) == (2, "")
+    assert again.stderr == f"error: {path} exists already; keys are never overwritten\n"
+    assert path.read_bytes() == key
 
 
 def test_an_empty_ledger_says_so(tmp_path):

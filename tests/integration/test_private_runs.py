@@ -170,28 +170,6 @@ def test_a_first_round_that_cannot_be_paid_is_refused_before_anybody_works(scena
     assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
-def test_a_run_with_a_secret_key_as_a_user_starts_it(scenario, tmp_path):
-    made = fedcore("privacy", "key", tmp_path / "secret.key")
-    assert (made.returncode, made.stderr) == (0, "")
-    key = (tmp_path / "secret.key").read_bytes()
-    again = fedcore("privacy", "key", tmp_path / "secret.key")
-    assert (again.returncode, again.stdout) == (2, "")
-    assert again.stderr == f"error: {tmp_path}/secret.key exists already; keys are never overwritten\n"
-    assert (tmp_path / "secret.key").read_bytes() == key
-    path, out = scenario(CENTRAL.replace("delta", 'key = "secret.key"\ndelta')), tmp_path / "run"
-    done = fedcore("simulate", path, "--out", out, "--set", "run.rounds=2")
-    assert done.returncode == 0, done.stderr
-    (tmp_path / "secret.key").rename(tmp_path / "old.key")
-    fedcore("privacy", "key", tmp_path / "secret.key")
-    other = fedcore("simulate", path, "--out", out, "--resume", "--set", "run.rounds=3")
-    assert (other.returncode, other.stderr.count("\n")) == (2, 1)
-    assert "privacy.key holds another key" in other.stderr
-    (tmp_path / "old.key").replace(tmp_path / "secret.key")
-    done = fedcore("simulate", path, "--out", out, "--resume", "--set", "run.rounds=3")
-    assert done.returncode == 0, done.stderr
-    assert len(lines(out)) == 3
-
-
 def test_runs_over_one_population_share_a_ledger_and_its_budget(scenario, tmp_path):
     unit = EXAMPLE.replace("delta", f'ledger = "{tmp_path}/people.sqlite"\ndelta')
     done = fedcore("simulate", scenario(unit, name="one"), "--out", tmp_path / "one", "--set", "run.rounds=3")

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fedcore.errors import ClientFailure, Refused, RoundFailed
+from fedcore.privacy import mechanisms
 from fedcore.privacy.mechanisms import JointVector, adapt, bit_scale, clip, clip_factor, gaussian_noise, weight
 from fedcore.privacy.randomness import derive_key, keystream
 from fedcore.privacy.skellam import decode, encode, plan_skellam
@@ -186,16 +187,31 @@ def test_adaptive_clipping_finds_the_median_through_the_noised_joint_vector():
     for _ in range(80):
         layout = JointVector(3, norm, bit_scale(0.5, norm, bit_noise=4.0))
         total = sum(layout.encode(np.array([length, 0.0, 0.0]), 0.0) for length in lengths)
-        total += gaussian_noise(layout.norm_bound, 0.5, layout.size, rng)
+        total += gaussian_noise(layout.norm_bound, 0.5, layout.size, rng.bytes)
         norm = adapt(norm, layout.decode(total, len(lengths)).unclipped, 0.5, 0.3)
         visited.append(norm)
     assert np.mean(visited[-20:]) == pytest.approx(np.median(lengths), rel=0.1)
 
 
-def test_gaussian_noise_has_its_standard_deviation_and_follows_its_generator():
-    noise = gaussian_noise(3.0, 0.5, 100_000, np.random.default_rng(1))
+def test_gaussian_noise_is_normal_and_follows_its_key():
+    noise = gaussian_noise(3.0, 0.5, 100_001, keystream(bytes(32)))
+    assert noise.shape == (100_001,)
     assert scipy.stats.kstest(noise, scipy.stats.norm(0, 1.5).cdf).pvalue > 1e-3
-    assert (noise == gaussian_noise(3.0, 0.5, 100_000, np.random.default_rng(1))).all()
+    halves = noise[:50_000], noise[50_001:100_001]  # of Box and Muller's pairs, which share a radius
+    assert abs(np.corrcoef(*halves)[0, 1]) < 0.02
+    assert abs(np.corrcoef(*np.square(halves))[0, 1]) < 0.02
+    assert (noise == gaussian_noise(3.0, 0.5, 100_001, keystream(bytes(32)))).all()
+    other = gaussian_noise(3.0, 0.5, 100_001, keystream(bytes(31) + b"1"))
+    assert abs(np.corrcoef(noise, other)[0, 1]) < 0.02
+    assert gaussian_noise(1.0, 1.0, 1, keystream(bytes(32))).shape == (1,)
+
+
+@pytest.mark.parametrize("bits", [0, 255])
+def test_the_rarest_bits_of_gaussian_noise_are_finite(monkeypatch, bits):
+    monkeypatch.setattr(mechanisms, "keystream", lambda key: lambda size: bytes([bits]) * size)
+    pair = gaussian_noise(1.0, 1.0, 2, bytes)
+    assert np.isfinite(pair).all()
+    assert 9.3 < np.abs(pair).max() < 9.6 if bits == 0 else np.abs(pair).max() < 1e-6
 
 
 def test_the_same_joint_vector_feeds_the_distributed_mechanism():

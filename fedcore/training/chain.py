@@ -184,7 +184,9 @@ class _Convolution(_Link):
         self.pointwise = layer.groups == 1 and not any(pads) and {*layer.stride, *layer.kernel_size} == {1}
 
     def forward(self, x: Tensor) -> Tensor:
-        self.input, self.weight = x.movedim(1, -1).contiguous().movedim(-1, 1), _weight(self.layer)
+        if x.stride(1) != 1 < x.shape[1]:
+            x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        self.input, self.weight = x, _weight(self.layer)
         if self.layer.groups > 1:
             return cast("Tensor", self.layer._conv_forward(self.input, self.weight, self.bias))
         self.padded = padded(self.layer, self.input)

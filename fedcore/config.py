@@ -22,9 +22,9 @@ import tomli_w
 from fedcore.errors import Refused
 
 __all__ = [
-    "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "PrivacyConfig",
-    "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig", "StrategyConfig", "TrainingConfig", "WireConfig", "describe",
-    "load_config", "parse_config",
+    "TIERS", "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "PrivacyConfig",
+    "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig", "StrategyConfig", "TierConfig", "TrainingConfig", "WireConfig",
+    "describe", "load_config", "parse_config",
 ]  # fmt: skip
 
 DATASETS = ("digits", "fashion-mnist", "smartwatch")
@@ -270,6 +270,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class TierConfig:
+    """[tiers.NAME]: a class of devices, how the model is compressed for it, and what it may cost there"""
+
+    targets: tuple[str, ...] = _key((), "runtimes to export for (fedcore export --help lists them); empty = all")
+    prune: float = _key(0.0, "share of each layer's channels to remove before the rest is distilled", low=0, high=0.9)
+    epochs: int = _key(60, "epochs of distillation on the coordinator's calibration examples, after pruning", low=0)
+    weight_bits: int = _key(8, "bits of a weight: 8, or 4", low=4, high=8)
+    accuracy_loss: float = _key(0.5, "points of accuracy that may be lost against the fp32 master", low=0, high=100)
+    bytes: int = _key(0, "size of the artefact; 0 = any", low=0)
+    memory_bytes: int = _key(2_000_000_000, "memory of the process that runs it; 0 = any", low=0)
+    arena_bytes: int = _key(0, "memory for tensors on a microcontroller; 0 = any", low=0)
+    latency_ms: float = _key(100.0, "median milliseconds of one example; 0 = any", low=0)
+    p95_ms: float = _key(0.0, "95th percentile of the milliseconds of one example; 0 = any", low=0)
+    threads: int = _key(1, "threads that one example may use", low=1, high=256)
+
+
+TIERS = {
+    "flagship": TierConfig(),
+    "entry": TierConfig(prune=0.5, accuracy_loss=2.0, bytes=5_000_000, memory_bytes=500_000_000),
+    "wearable": TierConfig(
+        targets=("litert", "micro"), prune=0.5, accuracy_loss=2.0, bytes=5_000_000, arena_bytes=100_000, memory_bytes=500_000_000
+    ),
+}
+"""Defaults of the tiers known by name; another name begins as flagship does."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole scenario. ``folder`` is where relative paths and the user's own modules are looked up first."""
 
@@ -286,6 +313,7 @@ class RunConfig:
     secagg: SecAggConfig = SecAggConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    tiers: Mapping[str, TierConfig] = field(default_factory=dict)
     folder: Path = Path()
 
     def unit_privacy(self, unit: str) -> PrivacyConfig | None:
@@ -293,18 +321,22 @@ class RunConfig:
         return next((one for one in self.privacy if one.unit == unit), None)
 
     def tables(self) -> dict[str, Any]:
-        """The scenario as plain TOML tables, every key spelled out; [[privacy]] only where units are protected."""
+        """The scenario as plain TOML tables, every key spelled out; [[privacy]] and [tiers] only where there are any."""
         values = {section.name: getattr(self, section.name) for section in _sections()}
-        tables = {name: dataclasses.asdict(value) for name, value in values.items() if name != "privacy"}
-        return tables | ({"privacy": [dataclasses.asdict(one) for one in self.privacy]} if self.privacy else {})
+        tables = {name: dataclasses.asdict(value) for name, value in values.items() if name not in ("privacy", "tiers")}
+        listed = {"privacy": [dataclasses.asdict(one) for one in self.privacy]} if self.privacy else {}
+        tiers = {"tiers": {name: dataclasses.asdict(tier) for name, tier in self.tiers.items()}} if self.tiers else {}
+        return tables | listed | tiers
 
     def key_file(self) -> Path | None:
         """The file of ``privacy.key``, or None where noise and coins of a simulation derive from the seed."""
         return next((self.folder / one.key for one in self.privacy if one.key), None)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``."""
+        """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``; without the tiers, on which no round
+        depends."""
         tables = self.tables()
+        tables.pop("tiers", None)
         units = {f"privacy.{table['unit']}": table for table in tables.pop("privacy", ())}
         return tables | units
 
@@ -350,6 +382,9 @@ def parse_config(tables: Mapping[str, Any], source: str, folder: Path) -> RunCon
     for name, table in tables.items():
         if name not in sections:
             raise Refused(f"{source}: unknown section [{name}]{_hint(name, sections)}; allowed: {', '.join(sections)}")
+        if name == "tiers":
+            values[name] = _parse_tiers(table, source)
+            continue
         listed = name == "privacy" and isinstance(table, list)
         for one in table if listed else [table]:
             if not isinstance(one, Mapping):
@@ -369,7 +404,8 @@ def describe() -> Iterator[tuple[str, str, str, str, str]]:
         kinds = typing.get_type_hints(kind)
         for key in fields(kind):
             default = key.default if key.default is not dataclasses.MISSING else {}
-            yield section.name, key.name, _allowed(kinds[key.name], key.metadata), _toml_value(default), key.metadata["help"]
+            name = f"NAME.{key.name}" if section.name == "tiers" else key.name
+            yield section.name, name, _allowed(kinds[key.name], key.metadata), _toml_value(default), key.metadata["help"]
 
 
 def _sections() -> list[dataclasses.Field[Any]]:
@@ -377,7 +413,22 @@ def _sections() -> list[dataclasses.Field[Any]]:
 
 
 def _kind(section: dataclasses.Field[Any]) -> type:
-    return PrivacyConfig if section.name == "privacy" else type(section.default)
+    return {"privacy": PrivacyConfig, "tiers": TierConfig}.get(section.name, type(section.default))
+
+
+def _parse_tiers(table: Any, source: str) -> dict[str, TierConfig]:
+    """[tiers.NAME] by name: what is given, over the defaults of that name."""
+    tiers = {}
+    for name, given in table.items() if isinstance(table, Mapping) else [("", None)]:
+        if not isinstance(given, Mapping) or not re.fullmatch(r"[A-Za-z0-9_-]{1,40}", name):
+            raise Refused(
+                f"{source}: [tiers] must hold tables [tiers.NAME], the name of letters, digits, - and _; got {_show(name)}"
+            )
+        parsed = _parse_section(TierConfig, f"tiers.{name}", given, source)
+        tiers[name] = dataclasses.replace(TIERS.get(name, TierConfig()), **{key: getattr(parsed, key) for key in given})
+        if tiers[name].weight_bits not in (4, 8):
+            raise Refused(f"{source}: tiers.{name}.weight_bits must be 4 or 8, got {tiers[name].weight_bits}")
+    return tiers
 
 
 def _parse_section(kind: type, name: str, table: Mapping[str, Any], source: str) -> Any:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedcore import __version__, cli_privacy, cli_secagg
+from fedcore import __version__, cli_export, cli_privacy, cli_secagg
 from fedcore.errors import Refused
 from fedcore.terminal import Commands, clear_errors, new_console
 
@@ -33,6 +33,8 @@ app = typer.Typer(
 app.add_typer(cli_privacy.app, name="privacy")
 for _name, _app in (("committee", cli_secagg.committee), ("enrol-ca", cli_secagg.enrol_ca), ("trust", cli_secagg.trust)):
     app.add_typer(_app, name=_name)
+app.command()(cli_export.export)
+app.command(name="inspect")(cli_export.inspect_file)
 _INTERRUPTED = 130  # as shells have it
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key; may be repeated.")]

@@ -10,14 +10,13 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
-from torch import nn
 
 from fedcore.export.artefact import Contents, Facts, Logits, Tensor
 from fedcore.quantization.integer import (
@@ -31,8 +30,10 @@ from fedcore.quantization.integer import (
     Step,
     Weights,
 )  # fmt: skip
-from fedcore.quantization.lower import lower
 from fedcore.quantization.wire import ActivationRange
+
+if TYPE_CHECKING:
+    from torch import nn
 
 __all__ = ["describe", "integer_operators", "load", "onnx_bytes", "onnx_logits", "to_onnx", "write"]
 
@@ -82,20 +83,22 @@ def to_onnx(model: nn.Module, input_shape: tuple[int, ...], metadata: Mapping[st
     Raises:
         Refused: control flow, or an operator that this exporter does not know; the line names it and its layer.
     """
+    from fedcore.quantization.lower import lower  # not for those who only run files: it imports torch
+
     return onnx_bytes(lower(model, input_shape), metadata)
 
 
-def onnx_bytes(model: IntegerModel, metadata: Mapping[str, str]) -> bytes:
+def onnx_bytes(model: IntegerModel, metadata: Mapping[str, str], batch: int | str = "batch") -> bytes:
     """The integer model as an ONNX file; input [batch, *input_shape], output logits, both float32."""
     writer = _Writer(model)
     for position, step in enumerate(model.steps, 1):
         writer.add(step, position)
     writer.emit("Identity", [writer.values[-1]], "logits")
-    batch: list[str | int | None] = ["batch", *model.input_shape]
+    shape: list[str | int | None] = [batch, *model.input_shape]
     body = helper.make_graph(
         writer.nodes, "fedcore",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, batch)],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", model.classes])],
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, [batch, model.classes])],
         writer.constants,
     )  # fmt: skip
     proto = helper.make_model(body, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR, producer_name="fedcore")
@@ -153,7 +156,7 @@ class _Writer:
         elif isinstance(operation, Flatten):
             value = self.emit("Flatten", inputs, name, axis=1)
         elif isinstance(operation, GroupNorm):
-            value = self._group_norm(inputs[0], operation, name, len(step.shape))
+            value = self._group_norm(inputs[0], operation, name, step.shape)
         elif isinstance(operation, Elementwise) and operation.kind == "requantize":
             (value,) = inputs
         else:
@@ -197,18 +200,18 @@ class _Writer:
             return self.emit("MaxPool", [x], name, **attributes)
         return self.emit("AveragePool", [x], name, count_include_pad=int(operation.count_padding), **attributes)
 
-    def _group_norm(self, x: str, operation: GroupNorm, name: str, rank: int) -> str:
+    def _group_norm(self, x: str, operation: GroupNorm, name: str, shape: tuple[int, ...]) -> str:
         """Normalise [batch, groups, rest], then scale and shift per channel; stays in float."""
-        shape = self.emit("Shape", [x], f"{name}.shape")
+        restored = self._constant(f"{name}.shape", np.array([0, *shape], np.int64))  # 0 keeps the batch
         groups = self._constant(f"{name}.groups", np.array([0, operation.groups, -1], np.int64))
         grouped = self.emit("Reshape", [x, groups], f"{name}.grouped")
         ones, zeros = (
             self._constant(f"{name}.{k}", np.full(operation.groups, v, np.float32)) for k, v in (("ones", 1), ("zeros", 0))
         )
         normal = self.emit("InstanceNormalization", [grouped, ones, zeros], f"{name}.normal", epsilon=operation.epsilon)
-        value = self.emit("Reshape", [normal, shape], f"{name}.restored")
+        value = self.emit("Reshape", [normal, restored], f"{name}.restored")
         for op, parameter in (("Mul", operation.weight), ("Add", operation.bias)):
-            per_channel = parameter.reshape(-1, *[1] * (rank - 1))
+            per_channel = parameter.reshape(-1, *[1] * (len(shape) - 1))
             value = self.emit(op, [value, self._constant(f"{name}.{op}", per_channel)], f"{name}.{op}.out")
         return value
 

@@ -22,7 +22,7 @@ from fedcore.quantization.wire import ActivationRange
 
 __all__ = [
     "Convolution", "Dense", "Elementwise", "Flatten", "GroupNorm", "IntegerModel", "Operation", "Pool", "Step", "Value", "Weights",
-    "integer_logits", "interpret", "with_integer_logits",
+    "as_images", "in_float", "integer_logits", "interpret", "with_integer_logits",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -196,6 +196,44 @@ def integer_logits(model: IntegerModel, x: Floats) -> Floats:
     if not len(x):
         return np.zeros((0, model.classes), np.float32)
     return np.concatenate([interpret(model, x[i : i + _BATCH])[-1].real() for i in range(0, len(x), _BATCH)])
+
+
+def in_float(model: IntegerModel) -> IntegerModel:
+    """The model on rounded weights in float arithmetic, for runtimes that quantize by themselves: no grids, no integers."""
+
+    def plain(step: Step) -> Step:
+        operation = step.operation
+        if isinstance(operation, Convolution | Dense):
+            operation = dataclasses.replace(operation, weights=Weights(*operation.weights.real()))
+        return dataclasses.replace(step, operation=operation, grid=None)
+
+    return dataclasses.replace(model, steps=tuple(map(plain, model.steps)))
+
+
+def as_images(model: IntegerModel) -> IntegerModel:
+    """The model with windows [channels, steps] as images [channels, 1, steps], for runtimes without one-dimensional kernels."""
+    if len(model.input_shape) != 2:
+        return model
+
+    def lifted(step: Step) -> Step:
+        operation = step.operation
+        if isinstance(operation, Convolution):
+            weights = dataclasses.replace(operation.weights, values=operation.weights.values[:, :, None])
+            operation = dataclasses.replace(
+                operation, weights=weights, stride=(1, *operation.stride), padding=(0, *operation.padding),
+                dilation=(1, *operation.dilation),
+            )  # fmt: skip
+        elif isinstance(operation, Pool):
+            operation = dataclasses.replace(
+                operation, kernel=(1, *operation.kernel), stride=(1, *operation.stride), padding=(0, *operation.padding)
+            )
+        return dataclasses.replace(step, operation=operation, shape=_image(step.shape))
+
+    return IntegerModel(_image(model.input_shape), tuple(map(lifted, model.steps)))
+
+
+def _image(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
 
 
 def with_integer_logits(model: IntegerModel, x: Floats) -> IntegerModel:

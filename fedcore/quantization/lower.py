@@ -38,17 +38,18 @@ _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.AvgPool1d, nn.AvgPool2d)
 _KNOWN = "Linear, Conv1d, Conv2d, ReLU, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, Flatten, Dropout, Identity"
 
 
-def lower(model: nn.Module, input_shape: tuple[int, ...]) -> IntegerModel:
+def lower(model: nn.Module, input_shape: tuple[int, ...], *, weight_bits: int = 8) -> IntegerModel:
     """The model, with its current parameters and frozen ranges, for inputs [n, *input_shape].
 
     A value is put on the grid that its users ask for as early as possible: values that pooling by maximum or a flattening only
     moves are int8 already. A rectifier behind a layer with weights becomes part of it. Layers without ranges stay in float.
+    Weights of ``weight_bits`` = 4 take the integers from -7 to 7.
 
     Raises:
         Refused: control flow, or an operator that the integer model does not have; the line names it and its layer.
     """
     graph = _trace(model, input_shape)
-    writer = _Steps(model, _demanded_ranges(graph, dict(model.named_modules())))
+    writer = _Steps(model, weight_bits, _demanded_ranges(graph, dict(model.named_modules())))
     for node in graph.nodes:
         writer.add(node)
     return IntegerModel(input_shape, tuple(writer.steps))
@@ -97,8 +98,9 @@ def _asked(user: fx.Node, modules: Mapping[str, nn.Module], wanted: Mapping[fx.N
 class _Steps:
     """Appends steps for the nodes of a traced model."""
 
-    def __init__(self, model: nn.Module, wanted: Mapping[fx.Node, ActivationRange]) -> None:
+    def __init__(self, model: nn.Module, weight_bits: int, wanted: Mapping[fx.Node, ActivationRange]) -> None:
         self.steps: list[Step] = []
+        self._bits = weight_bits
         self._modules, self._wanted = dict(model.named_modules()), wanted
         self._places: dict[fx.Node, int] = {}  # of values, as in Step.inputs
 
@@ -160,7 +162,7 @@ class _Steps:
         if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d):
             if isinstance(module, QuantLayer) and module.input.frozen:
                 x = self._on_grid(x, module.input.frozen, node)
-            return self._append(node, _weighted(module, self._grid(x)), (x,))
+            return self._append(node, _weighted(module, self._grid(x), self._bits), (x,))
         if isinstance(module, nn.ReLU):
             return self._relu(node, x)
         if type(module) in _ACTIVATIONS:
@@ -222,13 +224,13 @@ def _check(node: fx.Node, module: nn.Module, rank: int) -> None:
         raise Refused(f"export: layer {node.target}: {reason}")
 
 
-def _weighted(layer: nn.Module, grid: ActivationRange | None) -> Convolution | Dense:
+def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Convolution | Dense:
     assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d)
     values = _numpy(layer.weight)
     bias = _numpy(layer.bias) if isinstance(layer.bias, nn.Parameter) else np.zeros(len(values), np.float32)
     weights = Weights(values, bias)
     if isinstance(layer, QuantLayer):
-        integers, scale = quantize_rows(values)
+        integers, scale = quantize_rows(values) if bits == 8 else _narrow_rows(values, 2 ** (bits - 1) - 1)
         weights = Weights(integers, bias, scale)
         if layer.input.frozen and grid:
             step = (np.float32(grid.scale) * scale).astype(np.float64)
@@ -238,6 +240,13 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None) -> Convolution | D
         return Dense(weights)
     padding = tuple(int(side) for side in layer.padding)
     return Convolution(weights, tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+
+
+def _narrow_rows(values: npt.NDArray[np.float32], largest: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Symmetric integers from -largest to largest, one scale per row of ``values`` [out, ...]."""
+    peak = np.maximum(np.abs(values.reshape(len(values), -1)).max(axis=1), np.finfo(np.float32).tiny * np.float32(largest))
+    scale = (peak / np.float32(largest)).astype(np.float32)
+    return np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8), scale
 
 
 def _group_norm(layer: nn.GroupNorm) -> GroupNorm:

@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedcore.errors import Refused
+from fedcore.export.compress import compress, distill, plain
+from fedcore.export.source import quantized_afterwards
+from fedcore.models import ZOO
+from fedcore.quantization.integer import integer_logits
+from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware
+from fedcore.quantization.lower import lower
+
+
+def blobs(n: int = 256) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images with a bright row whose place is the label."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.randint(4, (n,), generator=generator)
+    x = 0.3 * torch.randn(n, 1, 8, 8, generator=generator)
+    x[torch.arange(n), 0, 2 * y] += 1.5
+    return x, y
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    x, y = blobs()
+    model = ZOO["cnn"]((1, 8, 8), 4)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return model, x, y
+
+
+def test_a_float_model_is_quantized_with_representative_examples(trained):
+    model, x, _ = trained
+    quantized = quantized_afterwards(model, x[:64].numpy())
+    assert type(model[0]) is nn.Conv2d and set(activation_ranges(quantized)) == {"0.input", "3.input", "7.input", "9.input"}
+    integers = lower(quantized, (1, 8, 8))
+    assert integers.integer_layers == 4
+    with torch.no_grad():
+        expected = model(x).argmax(1).numpy()
+    assert (integer_logits(integers, x.numpy()).argmax(1) == expected).mean() > 0.98
+    with pytest.raises(Refused, match="representative examples"):
+        quantized_afterwards(model, np.zeros((0, 1, 8, 8), np.float32))
+
+
+def test_half_of_the_channels_are_taken_out_and_distillation_brings_the_answers_back(trained):
+    pytest.importorskip("torch_pruning", reason="of the extra [export]")
+    model, x, _ = trained
+    teacher = quantized_afterwards(model, x.numpy())
+    before = [p.shape for p in teacher.parameters()]
+    torch.manual_seed(5)
+    bare = compress(teacher, x.numpy(), share=0.5, classes=4, epochs=0, seed=0)
+    small = compress(teacher, x.numpy(), share=0.5, classes=4, epochs=30, seed=0)
+    count = lambda network: sum(p.numel() for p in network.parameters())
+    assert count(small) < 0.35 * count(teacher)
+    assert [p.shape for p in teacher.parameters()] == before
+    assert small[-1].out_features == 4
+    fresh, labels = (part[128:] for part in blobs(400))
+    with torch.no_grad():
+        wanted = teacher(fresh).softmax(1)
+        apart = [float((network(fresh).softmax(1) - wanted).abs().mean()) for network in (bare, small)]
+        accuracy = float((small(fresh).argmax(1) == labels).float().mean())
+    assert accuracy > 0.95
+    assert apart[1] < 0.5 * apart[0]
+    assert lower(small, (1, 8, 8)).integer_layers == 4
+
+
+def test_distillation_repeats_to_the_bit_with_its_seed(trained):
+    model, x, _ = trained
+    results = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(results))
+        student = quantized_afterwards(model, x.numpy())
+        distill(student, model, x, epochs=1, seed=seed)
+        results.append(torch.cat([p.detach().reshape(-1) for p in student.parameters()]))
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("name", ["cnn", "dscnn", "mlp"])
+def test_a_plain_copy_computes_in_float(name):
+    torch.manual_seed(0)
+    plainly = ZOO[name]((1, 8, 8), 4).eval()
+    x = torch.randn(8, 1, 8, 8)
+    quantized = make_quantization_aware(ZOO[name]((1, 8, 8), 4))
+    quantized.load_state_dict(plainly.state_dict())
+    calibrate(quantized.eval(), [x])
+    assert torch.equal(plain(quantized)(x), plainly(x))
+    assert not torch.equal(quantized(x), plainly(x))
+
+
+def test_weights_of_four_bits_take_fifteen_values(trained):
+    model, x, _ = trained
+    quantized = quantized_afterwards(model, x.numpy())
+    integers = lower(quantized, (1, 8, 8), weight_bits=4)
+    for weights, layer in zip(integers.weights(), (quantized[0], quantized[3], quantized[7], quantized[9]), strict=True):
+        assert weights.values.min() >= -7 and weights.values.max() <= 7
+        error = np.abs(weights.real()[0] - layer.weight.detach().numpy()).reshape(len(weights.values), -1).max(1)
+        assert (error <= 0.501 * weights.scale).all()
+    with torch.no_grad():
+        expected = model(x).argmax(1).numpy()
+    assert (integer_logits(integers, x.numpy()).argmax(1) == expected).mean() > 0.9

@@ -1,0 +1,130 @@
+"""Exporters whose packages take long to import, and the runtime with an environment of its own, each as an export runs them."""
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from fedcore.errors import Refused
+from fedcore.export.child import Limits, run_job
+from fedcore.export.targets import TARGETS, missing_package
+from fedcore.models import ZOO
+from fedcore.quantization.integer import IntegerModel, integer_logits, with_integer_logits
+from fedcore.quantization.layers import calibrate, make_quantization_aware
+from fedcore.quantization.lower import lower
+
+SHAPES = {"cnn": (1, 28, 28), "dscnn": (1, 28, 28), "imu_cnn": (6, 100)}
+FACTS = {
+    "name": "digits",
+    "version": "1",
+    "run": "abc",
+    "tier": "x",
+    "labels": ["zero", "one"],
+    "mean": [0.25],
+    "std": [0.5],
+    "more": {},
+}
+MICRO = os.environ.get("FEDCORE_MICRO_PYTHON", "")
+LIMITS = Limits(300)
+
+
+def integers(name: str) -> tuple[IntegerModel, np.ndarray]:
+    torch.manual_seed(0)
+    network = make_quantization_aware(ZOO[name](SHAPES[name], 10)).eval()
+    x = torch.randn(60, *SHAPES[name])
+    calibrate(network, [x])
+    return with_integer_logits(lower(network, SHAPES[name]), x.numpy()), x.numpy()
+
+
+def exported(target: str, name: str, folder: Path) -> tuple[Path, IntegerModel, np.ndarray]:
+    missing = missing_package(TARGETS[target])
+    if missing:
+        pytest.skip(f"{missing} is of the extra [export], which is not installed")
+    model, x = integers(name)
+    (folder / "model.pickle").write_bytes(pickle.dumps(model))
+    np.save(folder / "x.npy", x)
+    job = {"task": "convert", "target": target, "model": str(folder / "model.pickle"), "folder": str(folder), "facts": FACTS}
+    return Path(run_job(job, LIMITS)["path"]), model, x
+
+
+def measured(target: str, path: Path, folder: Path) -> tuple[np.ndarray, dict]:
+    job = {"task": "measure", "target": target, "path": str(path), "x": str(folder / "x.npy"), "threads": 1, "repeats": 20,
+           "logits": str(folder / "logits.npy"), "python": MICRO}  # fmt: skip
+    answer = run_job(job, LIMITS)
+    return np.load(folder / "logits.npy"), answer
+
+
+def test_importing_one_private_module_registers_the_operators_of_the_graph():
+    from fedcore.export.graph import QuantizedGraph
+
+    model, x = integers("imu_cnn")
+    with torch.no_grad():
+        found = QuantizedGraph(model)(torch.from_numpy(x)).numpy()
+    assert np.abs(found - integer_logits(model, x)).max() <= 1.01 * model.steps[-1].grid.scale
+    names = {"quantize_per_tensor", "dequantize_per_tensor", "dequantize_per_channel"}
+    assert all(hasattr(torch.ops.quantized_decomposed, name) for name in names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+def test_executorch_runs_integers_in_xnnpack(name, tmp_path):
+    path, model, x = exported("executorch", name, tmp_path)
+    found, answer = measured("executorch", path, tmp_path)
+    assert np.abs(found - integer_logits(model, x)).max() <= 1.01 * model.steps[-1].grid.scale
+    held = answer["contents"]
+    assert held["integer"] >= model.integer_layers and held["floating"] == 0
+    assert held["metadata"]["labels"] == '["zero", "one"]'
+
+
+@pytest.mark.slow
+def test_executorchs_portable_program_says_that_it_calculates_in_float(tmp_path):
+    path, model, x = exported("executorch-portable", "dscnn", tmp_path)
+    found, answer = measured("executorch-portable", path, tmp_path)
+    assert np.abs(found - integer_logits(model, x)).max() <= 1.01 * model.steps[-1].grid.scale
+    assert answer["contents"]["integer"] == 0 and answer["contents"]["floating"] >= model.integer_layers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["cnn", "imu_cnn"])
+def test_core_ml_stores_the_integers_of_the_model(name, tmp_path):
+    path, model, _ = exported("coreml", name, tmp_path)
+    held = run_job({"task": "describe", "kind": "coreml", "path": str(path)}, LIMITS)
+    assert held["integer"] == model.integer_layers
+    assert [tuple(tensor["shape"]) for tensor in held["inputs"]] == [(1, *SHAPES[name])]
+    assert held["metadata"]["run"] == "abc"
+    from fedcore.export.coreml import stored_weights
+
+    stored = stored_weights(path)
+    assert len(stored) == model.integer_layers
+    for (values, scale), weights in zip(stored, model.weights(), strict=True):
+        np.testing.assert_array_equal(values.reshape(weights.values.shape), weights.values)
+        np.testing.assert_array_equal(scale, weights.scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["executorch", "coreml"])
+def test_a_damaged_file_is_one_clear_line(target, tmp_path):
+    path, _, _ = exported(target, "cnn", tmp_path)
+    file = path if path.is_file() else path / "Data/com.apple.CoreML/model.mlmodel"
+    data = file.read_bytes()
+    noise = bytes((i * 167 + 13) % 256 for i in range(5000))
+    for damaged in (data[: len(data) // 2], noise, b"\xf0\xff\xff\x7f" + data[4:]):
+        file.write_bytes(damaged)
+        with pytest.raises(Refused) as caught:
+            run_job({"task": "describe", "kind": target, "path": str(path)}, LIMITS)
+        assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.skipif(not MICRO, reason="FEDCORE_MICRO_PYTHON names no Python with tflite-micro")
+@pytest.mark.parametrize("name", SHAPES)
+def test_tensorflow_lite_micro_gives_the_interpreters_integers(name, tmp_path):
+    path, model, x = exported("micro", name, tmp_path)
+    found, answer = measured("micro", path, tmp_path)
+    assert np.abs(found - integer_logits(model, x)).max() <= 1.01 * model.steps[-1].grid.scale
+    assert 0 < answer["peak"] < 100_000
+    source = (tmp_path / "model.cc").read_text()
+    assert f"fedcore_model_bytes = {path.stat().st_size};" in source
+    assert answer["contents"]["integer"] >= model.integer_layers

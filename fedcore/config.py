@@ -551,31 +551,29 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
 
 def _impossible_secagg(secagg: SecAggConfig) -> Iterator[str]:
     """What the keys of [secagg] say against each other; `coordinator.secure` refuses what a run cannot keep."""
-    usual, files = SecAggConfig(), ("operator_fingerprints", "credentials", "trust", "trust_key", "enrolment")
+    usual, local = SecAggConfig(), {"members", "threshold", "corrupt_members"}
+    pinned, files = {"trust", "trust_key", "operator_fingerprints"}, {"credentials", "enrolment"}
     changed = {key.name for key in fields(secagg) if getattr(secagg, key.name) != getattr(usual, key.name)} - {"enabled"}
     if changed and not secagg.enabled:
         yield f"secagg.{min(changed)} has no meaning without secagg.enabled = true"
     if secagg.bits not in (0, 16, 20, 24, 32):
         yield f"secagg.bits must be 16, 20, 24, 32, or 0 for automatic, got {secagg.bits}"
-    if secagg.operators:
-        for key in ("members", "threshold", "corrupt_members"):
-            if key in changed:
-                yield f"secagg.{key} is for a committee in this process; that of operators stands in the trust bundle, leave it out"
-        for key in ("trust", "trust_key", "operator_fingerprints"):
-            if key not in changed:
-                yield f"secagg.{key} must be given with secagg.operators"
-        if len(secagg.operator_fingerprints) != len(secagg.operators):
-            yield "secagg.operator_fingerprints: one for each of secagg.operators"
-    else:
-        for key in files:
-            if key in changed:
-                yield f"secagg.{key} has no meaning without secagg.operators"
+    if not secagg.operators:
+        yield from (f"secagg.{key} has no meaning without secagg.operators" for key in sorted((pinned | files) & changed))
         m, t, c = secagg.members, secagg.threshold, secagg.corrupt_members
         if not (c < t <= m and 2 * t > m + c):
             yield (
                 f"[secagg]: members = {m}, threshold = {t}, corrupt_members = {c} is not safe: it takes "
                 "corrupt_members < threshold <= members and 2 threshold > members + corrupt_members"
             )
+        return
+    if secagg.simulate == "arithmetic":
+        yield 'secagg.simulate = "arithmetic" asks no committee: leave secagg.operators out'
+    for key in sorted(local & changed):
+        yield f"secagg.{key} is for a committee in this process; that of operators stands in the trust bundle, leave it out"
+    yield from (f"secagg.{key} must be given with secagg.operators" for key in sorted(pinned - changed))
+    if len(secagg.operator_fingerprints) != len(secagg.operators):
+        yield "secagg.operator_fingerprints: one for each of secagg.operators"
 
 
 def _apply_override(tables: dict[str, Any], override: str) -> None:

@@ -290,9 +290,7 @@ class Roster(ClientGrid):
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:  # noqa: ARG002
         """Not available: what is not charged must not be asked."""
-        raise Refused(
-            "with [privacy] a strategy asks clients by the messages it returns, which are charged; it cannot send its own"
-        )
+        raise Refused("with [privacy] or [secagg] a strategy asks clients by the messages it returns; it cannot send its own")
 
 
 def _send_and_receive_only() -> NoReturn:

@@ -85,6 +85,7 @@ class Coordinator:
         self.assembly, self.config, self.strategy = assembly, assembly.config, assembly.strategy
         self.layout = assembly.layout
         self.client_accuracies: Metrics | None = None
+        self.observed: tuple[tuple[int, ...], Facts] = (), Facts()  # the last round's cohort, and what its grid saw of it
         self.ended = ""
         self._budget, self._client_unit = budget, assembly.protection.client
         if self._client_unit and self._client_unit.config.mechanism == "skellam" and not (grid.simulated or grid.blind):
@@ -94,7 +95,7 @@ class Coordinator:
             )
         self._grid, self._store, self._model = grid, store, assembly.model
         # Strategies of Flower call no more of a Grid than a DrawnGrid has; where anything is private, none may ask clients itself.
-        self._shown = Roster(grid) if assembly.config.privacy else cast("Grid", grid)
+        self._shown = Roster(grid) if assembly.config.privacy or assembly.secured else cast("Grid", grid)
         frozen = layout_of(self._model, trainable=False)
         values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if not p.requires_grad}
         self._frozen_bytes = len(encode_model(frozen.wire_tensors(frozen.join(values)))) if values else 0
@@ -147,6 +148,7 @@ class Coordinator:
         # 3. The strategy configures, the cohort trains, the strategy aggregates.
         replies, trained = self._train(self._task(number, progress, release), progress, cohort)
         master, aggregated = self._aggregate(number, replies)
+        self.observed = tuple(cohort), self._grid.observed
         clock.lap("train")
         # 4. Evaluate on the coordinator's test part, and on the clients.
         norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
@@ -156,7 +158,7 @@ class Coordinator:
         federated: Metrics = {}
         evaluated = Facts()
         if config.evaluation.federated_every and (last or number % config.evaluation.federated_every == 0):
-            federated, evaluated = self._evaluate_on_clients(new)
+            federated, evaluated = self._evaluate_on_clients(new)  # which may lack clients, and costs no round
         clock.lap("evaluate")
         # 5. Account for clients and traffic.
         seen, counted = self._count(progress.seen, release, trained, evaluated)
@@ -265,7 +267,12 @@ class Coordinator:
         )  # fmt: skip
         if not messages:
             return {}, Facts()
-        replies, facts = self._exchange(messages)
+        try:
+            replies, facts = self._exchange(messages)
+        except RoundFailed as failure:
+            if not self.assembly.secured:
+                raise
+            return {"federated_failed": str(failure)}, Facts()
         found = self._metrics(
             "aggregate_evaluate", self._call("aggregate_evaluate", lambda: self.strategy.aggregate_evaluate(number, replies))
         )

@@ -179,8 +179,8 @@ class FederatedRun:
 
     def _tell_operator(self, number: int) -> None:
         """Append to a file that only its owner reads what a release keeps back, without which a failing client is never found."""
-        seen = self.grid.observed
-        told = {"round": number, "cohort": list(self.grid.nodes), "replies": len(seen.clients), "dropped": seen.dropped}
+        cohort, seen = self.coordinator.observed
+        told = {"round": number, "cohort": list(cohort), "replies": len(seen.clients), "dropped": seen.dropped}
         descriptor = os.open(self.directory / _OPERATOR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(json.dumps(told) + "\n")

@@ -58,13 +58,14 @@ class Secured:
         if not invited:
             raise Refused("secure aggregation: the coordinator asks for work without an invitation to mask what comes of it")
         expected = self.updates if trains else self.scores
-        if expected is not None and task.release != expected:  # noise on updates is checked with the privacy that asks for it
+        noised = trains and self.updates is None  # which is checked with the privacy that asks for it
+        if task.release != expected and not noised:
             raise Refused("secure aggregation: the coordinator asks for another sum than the scenario's")
 
     def words(self, config: SecAggConfig) -> dict[str, str | list[str]]:
         """What protects the clients' contributions, what that assumes, and what it does not give."""
         corrupt, survivors = self.policy.corrupt_clients, self.policy.minimum_survivors
-        if config.simulate == "arithmetic" and not config.operators:
+        if config.simulate == "arithmetic":
             how, committee = "Contributions were added unmasked, with the integers of the protocol: a simulation.", "none"
         else:
             how = "Every client masked what it sent; only the sum of those who uploaded was opened."
@@ -114,21 +115,28 @@ def secure(config: RunConfig, data: FederatedData, strategy: Strategy, protectio
     one, population = config.secagg, len(data.clients)
     clients = (config.cohort.size or population) // one.shards
     corrupt, survivors, noise = _assumed(config, protection, clients)
-    terms = Terms(corrupt, one.neighbours, one.expected_dropout, one.shards, config.run.seed)
-    if one.neighbours:
-        with about("[secagg]: secagg.neighbours"):
-            least_survivors(clients, one.neighbours, corrupt)
     cap = one.weight_cap or max(len(part) for part in data.clients)
     updates = None if protection.client else plan_update_sum(
         dimension, clients, minimum_survivors=survivors, clip=one.clip, weight_cap=cap, bits=one.bits
     )  # fmt: skip
-    evaluated = config.cohort.evaluate_size or population
-    least = max(corrupt + 2, min(survivors, math.ceil(evaluated / 2)))
-    if config.evaluation.federated_every and evaluated < least:
-        raise Refused(f"[secagg]: cohort.evaluate_size = {evaluated} is too few for a sum of scores; it takes {least} clients")
-    held_out = max((len(part) for part in data.holdout), default=0)
-    scores = ScoreSum(evaluated, least, max(1, held_out)) if config.evaluation.federated_every else None
-    return Secured(terms, Policy(min(survivors, least), corrupt, noise), updates, scores)
+    scores, among_scores = _scores(config, data) if config.evaluation.federated_every else (None, corrupt)
+    if one.neighbours:
+        for size, bad in ((clients, corrupt), *([(scores.cohort, among_scores)] if scores else [])):
+            with about(f"[secagg]: secagg.neighbours, in a sum of {size} clients"):
+                least_survivors(size, one.neighbours, bad)
+    terms = Terms(corrupt, among_scores, one.neighbours, one.expected_dropout, one.shards, config.run.seed)
+    floor = min(survivors, scores.minimum_survivors) if scores else survivors
+    return Secured(terms, Policy(floor, min(corrupt, among_scores), noise), updates, scores)
+
+
+def _scores(config: RunConfig, data: FederatedData) -> tuple[ScoreSum, int]:
+    """The sum of evaluations, which is over other clients than a sum of updates, and the corrupt ones among them."""
+    evaluated = config.cohort.evaluate_size or len(data.clients)
+    corrupt = math.ceil(config.secagg.corrupt_fraction * evaluated)
+    least = max(corrupt + 2, math.ceil(evaluated / 2))
+    if evaluated < least:
+        raise Refused(f"[secagg]: a sum over the scores of {evaluated} clients, {corrupt} of them corrupt, takes {least} clients")
+    return ScoreSum(evaluated, least, max(1, max((len(part) for part in data.holdout), default=0))), corrupt
 
 
 def simulated_trust(config: RunConfig, secured: Secured) -> SimulatedTrust | None:
@@ -178,6 +186,11 @@ def _assumed(config: RunConfig, protection: Protection, clients: int) -> tuple[i
         shares = protection.client.release(1, protection.client.config.clipping_norm).shares
         if shares is None:
             raise Refused("[secagg]: noise on the sum by the coordinator would let it see the exact sum")
+        if shares.minimum_survivors < shares.corrupt + 2:
+            raise Refused(
+                f"[secagg]: privacy.minimum_survivors = {shares.minimum_survivors} with {shares.corrupt} corrupt clients could "
+                f"leave the sum of one honest client; it takes {shares.corrupt + 2}"
+            )
         return shares.corrupt, shares.minimum_survivors, shares.noise_multiplier
     corrupt = math.ceil(config.secagg.corrupt_fraction * clients)
     survivors = config.secagg.minimum_survivors or max(corrupt + 2, math.ceil(clients / 2))
@@ -199,7 +212,9 @@ def _what_prevents(config: RunConfig, data: FederatedData, strategy: Strategy) -
         )
     if config.wire.update != "float32":
         yield f'wire.update = "{config.wire.update}": a sum has its own encoding, leave it out'
-    if cohort % one.shards or cohort // one.shards < 2:
+    if cohort < 2:
+        yield f"a sum takes 2 clients or more, the cohort has {cohort}"
+    elif cohort % one.shards or cohort // one.shards < 2:
         yield f"secagg.shards = {one.shards} must divide the cohort of {cohort} into parts of at least 2"
     if client and client.mechanism != "skellam":
         yield (
@@ -210,3 +225,6 @@ def _what_prevents(config: RunConfig, data: FederatedData, strategy: Strategy) -
         for key in ("corrupt_fraction", "minimum_survivors"):
             if getattr(one, key):
                 yield f"secagg.{key}: privacy.{key} says it, leave it out"
+        for key in ("clip", "weight_cap", "bits"):
+            if getattr(one, key) != getattr(SecAggConfig(), key):
+                yield f"secagg.{key} has no meaning with privacy of unit client, whose encoding is its own: leave it out"

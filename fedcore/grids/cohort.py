@@ -34,7 +34,7 @@ from fedcore.grids.protocol import Invited, check_in_reply, hash_work, invitatio
 from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.secagg.participant import Participants
+from fedcore.secagg.participant import Accepted, Participants
 from fedcore.secagg.sums import ScoreSum
 from fedcore.training.client import CHECK_IN, SCORE_BYTES, Clients, RoundTask
 
@@ -224,20 +224,18 @@ class CohortGrid(ClientGrid):
         if job.kind == MessageType.EVALUATE:
             return self._evaluate(job, values, out)
         weighted, release = torch.from_numpy(out), job.task.release
-        good, dropped, examples, loss, up = [], [], 0, 0.0, 0
+        accepted, dropped = self._accept(job)
+        good, examples, loss, up = [], 0, 0.0, 0
         uploads = []
-        for reply in self._clients.train(values, job.clients, job.task):
+        for reply in self._clients.train(values, list(accepted) if job.invited else job.clients, job.task):
             up += reply.bytes_up
             if reply.reason:
                 dropped.append((reply.client, reply.reason))
             if release and reply.contribution is not None:
                 if not job.invited:
                     out[: release.size] += release.accept(reply.contribution)
-                elif isinstance(sent := self._mask(job, reply.client, reply.contribution), str):
-                    dropped.append((reply.client, sent))
-                    continue
                 else:
-                    uploads.append(sent)
+                    uploads.append(_mask(reply.client, accepted[reply.client], reply.contribution))
                 good.append(reply.client)
                 examples += 1
                 continue
@@ -252,7 +250,9 @@ class CohortGrid(ClientGrid):
     def _evaluate(self, job: _Job, values: torch.Tensor, out: Doubles) -> _Sum:
         """The scores of a unit's clients: in the clear, or as a contribution each."""
         release = job.task.release
+        accepted, dropped = self._accept(job)
         clients = [client for client in job.clients if self._clients.arrives(client, job.task.round_number)]
+        clients = [client for client in clients if not job.invited or client in accepted]
         scores = list(self._clients.evaluate(values, clients, job.task))
         if isinstance(release, ScoreSum):
             sent = [
@@ -262,27 +262,37 @@ class CohortGrid(ClientGrid):
                 for _, contribution in sent:
                     out[: release.size] += release.accept(contribution)
                 return _Sum(Facts(tuple(clients), bytes_up=release.bytes * len(clients)), len(clients), 0.0)
-            masked = [(client, self._mask(job, client, contribution)) for client, contribution in sent]
-            dropped = tuple((client, found) for client, found in masked if isinstance(found, str))
-            uploads = tuple(found for _, found in masked if not isinstance(found, str))
-            return _Sum(Facts(tuple(client for client, _, _ in uploads), dropped), len(uploads), 0.0, uploads=uploads)
+            uploads = tuple(_mask(client, accepted[client], contribution) for client, contribution in sent)
+            return _Sum(Facts(tuple(clients), tuple(dropped)), len(uploads), 0.0, uploads=uploads)
         accuracies = tuple((client, score.accuracy, score.examples) for client, score in scores)
         facts = Facts(tuple(clients), bytes_up=SCORE_BYTES * len(scores), accuracies=accuracies)
         found = [score for _, score in scores]
         return _Sum(facts, sum(s.examples for s in found), sum(s.loss_sum for s in found), sum(s.correct for s in found))
 
-    def _mask(self, job: _Job, client: int, contribution: npt.NDArray[Any]) -> tuple[int, bytes, float] | str:
-        """A client's upload and the milliseconds that it took, or why it makes none."""
-        if self._participants is None or job.task.release is None:
+    def _accept(self, job: _Job) -> tuple[dict[int, tuple[Accepted, float]], list[tuple[int, str]]]:
+        """The invited clients that accept their plan, with the milliseconds it took, and why the others do not."""
+        accepted: dict[int, tuple[Accepted, float]] = {}
+        dropped = []
+        if job.invited and (self._participants is None or job.task.release is None):
             raise RoundFailed("an invitation without participants")
-        begun, invited = time.perf_counter(), job.invited[client]
-        try:
-            upload = self._participants.upload(
-                client, invited.visit, invited.invitation, job.work_hash, job.task.release, contribution
-            )  # fmt: skip
-        except Refused as error:
-            return str(error)
-        return client, upload, 1000 * (time.perf_counter() - begun)
+        for client, invited in job.invited.items():
+            if not self._clients.arrives(client, job.task.round_number) or self._participants is None or job.task.release is None:
+                continue
+            begun = time.perf_counter()
+            try:
+                found = self._participants.accept(client, invited.visit, invited.invitation, job.work_hash, job.task.release)
+            except Refused as error:
+                dropped.append((client, str(error)))
+                continue
+            accepted[client] = found, 1000 * (time.perf_counter() - begun)
+        return accepted, dropped
+
+
+def _mask(client: int, accepted: tuple[Accepted, float], contribution: npt.NDArray[Any]) -> tuple[int, bytes, float]:
+    """A client's upload, and the milliseconds that its cryptography took in all."""
+    begun, (plan, before) = time.perf_counter(), accepted
+    upload = plan.upload(contribution)
+    return client, upload, before + 1000 * (time.perf_counter() - begun)
 
 
 def _task(message: Message) -> RoundTask:

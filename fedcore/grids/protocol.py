@@ -23,6 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 _RECORD = "secagg"
+_LONGEST = 3.6e6  # milliseconds that a client can have taken
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def upload_of(reply: Message) -> tuple[bytes, float]:
         raise ClientFailure("its reply holds no upload") from error
     if values.dtype != np.uint8 or not isinstance(milliseconds, float):
         raise ClientFailure("its reply holds no upload")
-    return values.tobytes(), milliseconds
+    return values.tobytes(), milliseconds if 0 <= milliseconds < _LONGEST else _LONGEST
 
 
 def hash_work(model: bytes, task: Mapping[str, Any]) -> bytes:

@@ -17,6 +17,7 @@ from fedcore.flower import ClientGrid, Facts, answer_all, check_one_content, fro
 from fedcore.grids.protocol import ask_check_in, check_in_of, hash_work, invite, upload_of
 from fedcore.grids.publish import publish
 from fedcore.models import ParameterLayout
+from fedcore.privacy.release import Release
 from fedcore.quantization.wire import encode_model
 from fedcore.secagg.coordinator import Coordinator
 from fedcore.secagg.crypto import SUITE
@@ -52,10 +53,12 @@ class InnerGrid(Protocol):
 
 @dataclass(frozen=True)
 class Terms:
-    """How sums are made. ``corrupt`` clients of a sum may be the coordinator's; ``neighbours`` 0 is chosen for a share
+    """How sums are made. ``corrupt`` clients of a sum of updates may be the coordinator's, ``among_scores`` of a sum of scores;
+    ``neighbours`` 0 is chosen for a share
     ``expected_dropout`` of clients that vanish; a cohort is dealt to ``shards`` of equal size by ``seed`` and round."""
 
     corrupt: int
+    among_scores: int
     neighbours: int
     expected_dropout: float
     shards: int
@@ -144,12 +147,17 @@ class SecureGrid(ClientGrid):
         return replies
 
     def _masked(self, part: Sequence[Message], task: RoundTask, timeout: float | None) -> list[Message]:
-        """The reply of one shard. A member that fails before the plan is approved costs an attempt, not the round."""
+        """The reply of one shard. A member that fails before the plan is approved costs an attempt, not the round; so does a
+        client that dealt false shares, unless noise was paid for that another attempt would need again."""
         committee = self._made_by
         lost: set[int] = set()
         while True:
+            blamed = len(self.blamed)
             try:
                 return self._attempt(part, task, timeout, lost)
+            except RoundFailed:
+                if len(self.blamed) == blamed or isinstance(task.release, Release):
+                    raise
             except SignerLost as failure:
                 lost.add(failure.member)
                 if len(committee.members) - len(lost) < committee.trust.threshold:
@@ -163,13 +171,14 @@ class SecureGrid(ClientGrid):
         dropped: dict[int, str] = {}
         numbers = header_numbers(_integers(task))
         present = self._check_in(one, part, timeout, dropped)
-        least = max(self._terms.corrupt + 2, numbers["minimum_survivors"])
+        corrupt = self._terms.among_scores if kind_of(part[0]) == MessageType.EVALUATE else self._terms.corrupt
+        least = max(corrupt + 2, numbers["minimum_survivors"])
         if len(present) < least:
-            reason = next(iter(dropped.values()), "")
-            raise RoundFailed(f"{len(present)} of {len(part)} clients checked in, {least} are needed ({reason})")
+            reason = f"; one of the others: {next(iter(dropped.values()))}" if dropped else ""
+            raise RoundFailed(f"{len(present)} of {len(part)} clients checked in, {least} are needed{reason}")
         model = encode_model(self._layout.wire_tensors(from_record(self._layout, only_record(part[0], ArrayRecord))), task.ranges)
         work_hash = hash_work(model, only_record(part[0], ConfigRecord))
-        header = self._header(numbers, offers, one.visit, len(present), work_hash, lost)
+        header = self._header({**numbers, "corrupt_clients": corrupt}, offers, one.visit, len(present), work_hash, lost)
         coordinator = one.plan(header, [check_in for _, check_in in present])
         works = [invite(message, one.visit, coordinator.invitation(i)) for i, (message, _) in enumerate(present)]
         vectors, sizes, taken = self._collect(one, coordinator, works, timeout, dropped)
@@ -233,22 +242,22 @@ class SecureGrid(ClientGrid):
         self, numbers: Mapping[str, Any], offers: tuple[Offer, ...], visit: Visit, clients: int, work_hash: bytes, lost: set[int]
     ) -> Header:  # fmt: skip
         trust = self._made_by.trust
-        degree, least = self._degree(clients)
+        degree, least = self._degree(clients, numbers["corrupt_clients"])
         signers = [offer.member for offer in offers if offer.member not in lost][: trust.threshold]
         return Header(
             task=visit.task, round=visit.epoch, epoch=visit.epoch, expiry=visit.expiry, clients=clients, degree=degree,
             window_survivors=least, members=len(trust.member_keys), threshold=trust.threshold,
-            corrupt_members=trust.corrupt_members, corrupt_clients=self._terms.corrupt, suite=SUITE, model_hash=work_hash,
+            corrupt_members=trust.corrupt_members, suite=SUITE, model_hash=work_hash,
             offers=offers, signers=tuple(signers), **numbers,
         )  # fmt: skip
 
-    def _degree(self, clients: int) -> tuple[int, int]:
+    def _degree(self, clients: int, corrupt: int) -> tuple[int, int]:
         """Neighbours of a client, and the survivors that a window of the circle needs."""
         terms = self._terms
         if not terms.neighbours:
-            return choose_degree(clients, terms.corrupt, terms.expected_dropout)
+            return choose_degree(clients, corrupt, terms.expected_dropout)
         try:
-            return min(terms.neighbours, clients - 1), least_survivors(clients, terms.neighbours, terms.corrupt)
+            return min(terms.neighbours, clients - 1), least_survivors(clients, terms.neighbours, corrupt)
         except Refused as error:  # the scenario's number is safe for all clients, not for the few that checked in
             raise RoundFailed(f"{clients} clients checked in: {error}") from error
 

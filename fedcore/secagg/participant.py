@@ -24,7 +24,7 @@ from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import Summation, header_numbers
 from fedcore.secagg.trust import blaming, check_trust, issue_certificate
 
-__all__ = ["Integers", "Participant", "Participants", "SimulatedParticipants", "Visit", "enrolled_participant"]
+__all__ = ["Accepted", "Participant", "Participants", "SimulatedParticipants", "Visit", "enrolled_participant"]
 
 Integers = npt.NDArray[np.unsignedinteger[Any]]
 _TEN_YEARS = 10 * 365 * 86400
@@ -46,15 +46,24 @@ class Participants(Protocol):
         """The client's `CheckIn`."""
         ...
 
-    def upload(
-        self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
-    ) -> bytes:  # fmt: skip
-        """The client's masked contribution, as `Client.upload` gives it; ``vector`` is overwritten."""
+    def accept(self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation) -> Accepted:
+        """Check the plan that the client is invited to. Nothing is trained or said before: what fails after it stays here."""
         ...
 
 
+class Accepted:
+    """A client that has accepted a plan, for one upload."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def upload(self, vector: Integers) -> bytes:
+        """The masked ``vector`` [size], which is overwritten, as `Client.upload` gives it."""
+        return self._client.upload(vector).data
+
+
 class Participant:
-    """One client. ``key`` [32 bytes] is drawn for one visit, and forgotten when `upload` is called."""
+    """One client. ``key`` [32 bytes] is drawn for one visit, and forgotten when `accept` is called."""
 
     def __init__(self, identity: Signer, certificate: Certificate, trust: TrustBundle, policy: Policy) -> None:
         self._identity, self._certificate, self._trust, self._policy = identity, certificate, trust, policy
@@ -63,10 +72,8 @@ class Participant:
         """The `CheckIn` for a visit."""
         return self._client(key).check_in(visit.task, visit.epoch, visit.expiry)
 
-    def upload(
-        self, key: bytes, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
-    ) -> bytes:  # fmt: skip
-        """The masked ``vector`` [size], which is overwritten, for the plan of the invitation.
+    def accept(self, key: bytes, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation) -> Accepted:
+        """Check the plan of the invitation.
 
         Raises:
             Misbehaviour: the plan is not one that the committee approved, that this client's policy allows, or that its training
@@ -77,7 +84,7 @@ class Participant:
         header = client.accept(invitation, model_hash, int(time.time())).header
         with blaming("coordinator"):
             _check_announced(header, summation)
-        return client.upload(vector).data
+        return Accepted(client)
 
     def _client(self, key: bytes) -> Client:
         return Client(self._identity, self._certificate, self._trust, self._policy, keystream(key))
@@ -111,11 +118,9 @@ class SimulatedParticipants:
         """See `Participants`."""
         return self._participant(client).check_in(self._key(client, visit), visit)
 
-    def upload(
-        self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation, vector: Integers
-    ) -> bytes:  # fmt: skip
+    def accept(self, client: int, visit: Visit, invitation: bytes, model_hash: bytes, summation: Summation) -> Accepted:
         """See `Participants`."""
-        return self._participant(client).upload(self._key(client, visit), visit, invitation, model_hash, summation, vector)
+        return self._participant(client).accept(self._key(client, visit), visit, invitation, model_hash, summation)
 
     def _key(self, client: int, visit: Visit) -> bytes:
         return derive_key("visit", self._secret, visit.task, visit.epoch, client)

@@ -195,7 +195,8 @@ class ScoreSum(_Table):
     @property
     def granularity(self) -> float:
         """The step to which a client's summed loss is rounded, in nats."""
-        return self.cohort * self.weight_cap * LARGEST_LOSS / (1 << (self.bits - 1))
+        # One step a client is left free, so that rounding never carries the largest sum around.
+        return self.cohort * self.weight_cap * LARGEST_LOSS / ((1 << (self.bits - 1)) - self.cohort)
 
     @property
     def clip(self) -> float:

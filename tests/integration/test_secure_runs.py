@@ -13,6 +13,7 @@ import safetensors.numpy
 
 from fedcore.config import parse_config
 from fedcore.coordinator import secure
+from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.run import SimulatedRun
 from fedcore.errors import Refused, RoundFailed
 from fedcore.privacy.randomness import keystream
@@ -25,6 +26,9 @@ SCENARIO = {
     "training": {"lr": 0.1},
     "secagg": {"enabled": True},
 }
+
+
+SKELLAM = {"unit": "client", "mechanism": "skellam", "noise_multiplier": 1.0, "delta": 1e-3}
 
 
 def run(folder: Path, *, resume: bool = False, **sections):
@@ -161,7 +165,7 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
         ({"secagg": {"weight_cap": 2**20}}, "lower the largest weight"),
         ({"secagg": {"bits": 16}}, "16 bits leave 5 for a coordinate"),
         ({"secagg": {"threshold": 2}}, "is not safe"),
-        ({"secagg": {"neighbours": 3}}, r"secagg.neighbours: 3 neighbours .* use an even number"),
+        ({"secagg": {"neighbours": 3}}, r"secagg.neighbours, in a sum of 8 clients: 3 neighbours"),
         ({"secagg": {"bits": 17}}, "16, 20, 24, 32"),
         ({"secagg": {"trust": "bundle.json"}}, "no meaning without secagg.operators"),
         ({"secagg": {"operators": ["127.0.0.1:1"]}}, "must be given with secagg.operators"),
@@ -169,6 +173,15 @@ def test_a_resumed_run_ends_with_the_bits_of_one_that_was_not_interrupted(tmp_pa
         (
             {"privacy": {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}},
             "the clients add it",
+        ),
+        ({"privacy": {**SKELLAM, "minimum_survivors": 1}}, "the sum of one honest client; it takes 2"),
+        ({"privacy": {**SKELLAM, "minimum_survivors": 5, "corrupt_fraction": 0.5}}, "it takes 6"),
+        ({"privacy": SKELLAM, "secagg": {"clip": 2.0}}, "secagg.clip has no meaning with privacy of unit client"),
+        ({"secagg": {"operators": ["127.0.0.1:1"], "simulate": "arithmetic"}}, "asks no committee"),
+        ({"cohort": {"size": 1}}, "a sum takes 2 clients or more"),
+        (
+            {"cohort": {"evaluate_size": 2}, "evaluation": {"federated_every": 1}, "secagg": {"corrupt_fraction": 0.2}},
+            "takes 3 clients",
         ),
         (
             {
@@ -201,6 +214,28 @@ def test_fifty_clients_thirty_percent_dropping_for_ten_rounds(tmp_path):
     plain_rounds, plain = run(tmp_path / "plain", **{**sections, "secagg": {"enabled": False}})
     assert [entry["replies"] for entry in plain_rounds] == [entry["replies"] for entry in rounds]
     assert abs(result["accuracy"] - plain["accuracy"]) <= 0.01
+
+
+def test_a_sum_of_scores_has_a_corrupt_share_of_its_own(tmp_path):
+    config = parse_config(
+        {**SCENARIO, "data": {**SCENARIO["data"], "clients": 20}, "cohort": {"size": 4}, "evaluation": {"federated_every": 1},
+         "secagg": {"enabled": True, "corrupt_fraction": 0.2}}, "test", tmp_path,
+    )  # fmt: skip
+    secured = assemble(config).secured
+    assert (secured.terms.corrupt, secured.terms.among_scores) == (1, 4)
+    assert (secured.updates.minimum_survivors, secured.scores.minimum_survivors) == (3, 10)
+
+
+def test_an_evaluation_that_fails_costs_no_round(tmp_path):
+    rounds, _ = run(
+        tmp_path / "run", cohort={"dropout": 0.5, "evaluate_size": 2}, evaluation={"federated_every": 1}, run={"rounds": 4},
+        secagg={"minimum_survivors": 2},
+    )  # fmt: skip
+    assert len(rounds) == 4
+    assert any("federated_failed" in entry for entry in rounds)
+    told = [json.loads(line) for line in (tmp_path / "run" / "operator.jsonl").read_text().splitlines()]
+    assert [len(entry["cohort"]) for entry in told] == [8] * 4  # those that trained, not those that evaluated
+    assert [entry["replies"] for entry in told] == [entry["replies"] for entry in rounds]
 
 
 def test_no_secret_reaches_files_or_output(tmp_path, monkeypatch, capfd, caplog):

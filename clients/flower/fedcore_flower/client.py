@@ -6,6 +6,8 @@ are the same on every node, and a node uses its own part only; the README says w
 
 from __future__ import annotations
 
+import logging
+
 from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.clientapp import ClientApp
 
@@ -22,6 +24,7 @@ from fedcore_flower.scenario import load_scenario
 __all__ = ["app"]
 
 app = ClientApp()
+_LOG = logging.getLogger(__name__)
 
 
 @app.query()
@@ -53,8 +56,9 @@ def work(message: Message, context: Context) -> Message:
         participants=_participants(assembly, context) if assembly.secured else None,
     )  # fmt: skip
     replies = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])
-    if not replies:
-        raise ClientFailure("; ".join(reason for _, reason in cohort.observed.dropped))
+    if not replies:  # what training failed with may tell of the data, and stays in this node's log
+        _LOG.warning("no upload: %s", "; ".join(reason for _, reason in cohort.observed.dropped))
+        raise ClientFailure("secure aggregation: this node made no upload; its log says why")
     return Message(replies[0].content, reply_to=message)
 
 

@@ -17,6 +17,7 @@ from fedcore.flower import facts_of, from_record, to_record
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.protocol import check_in_of, visit_of
 from fedcore.secagg.messages import CheckIn
+from fedcore.secagg.sums import ScoreSum
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 
@@ -247,6 +248,38 @@ def test_work_that_differs_from_the_plan_is_refused_by_the_clients():
         bench.run()
     assert all("another model" in reason or reason == "no upload" for _, reason in bench.grid.observed.dropped)
     assert any("another model" in reason for _, reason in bench.grid.observed.dropped)
+
+
+def test_nothing_is_trained_before_the_plan_is_accepted():
+    """What training ends with tells of the data: a coordinator without a plan must not get that far."""
+    bench = Bench()
+    inner, trained = bench.transport.inner, []
+    train, original = inner._clients.train, inner.send_and_receive
+
+    def recording(start, clients, task):
+        trained.extend(clients)
+        return train(start, clients, task)
+
+    def tampering(messages, *, timeout=None):
+        sent = list(messages)
+        for message in sent:
+            if "invitation" in message.content.config_records["secagg"]:
+                message.content.config_records["secagg"]["invitation"] = b"garbage"
+        return original(sent, timeout=timeout)
+
+    inner._clients.train, inner.send_and_receive = recording, tampering
+    with pytest.raises(RoundFailed):
+        bench.run()
+    assert not trained
+
+
+def test_a_node_scores_for_no_sum_but_its_own():
+    secured = dataclasses.replace(Bench().secured, scores=None)
+    task = RoundTask(1, LocalPlan(1, 8, 0.1), 100.0, release=ScoreSum(4, 2, 100))
+    with pytest.raises(Refused, match="another sum"):
+        secured.check_task(task, trains=False, invited=True)
+    with pytest.raises(Refused, match="without an invitation"):
+        secured.check_task(task, trains=False, invited=False)
 
 
 def test_scores_are_summed_too():

@@ -114,7 +114,7 @@ def test_aarch64_gives_the_bits_of_this_processor(name, quantized, tmp_path):
 
 
 @pytest.mark.parametrize("quantized", EXTRAS, ids=["float", "fake-quant"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["mlp", *(pytest.param(n, marks=pytest.mark.slow) for n in ("cnn", "lenet", "dscnn", "imu_cnn"))])
 def test_generated_code_has_no_undefined_behaviour(name, quantized, tmp_path):
     """Built with traps: undefined behaviour ends the process, which is therefore not this one."""
     target, flags = host_target(), tuple(flag for flag in FLAGS if flag != "-fno-sanitize=all")

@@ -153,6 +153,13 @@ def test_a_client_beyond_the_cap_counts_in_proportion():
     assert not plan.contribution(5, 2, math.nan).any()
 
 
+@pytest.mark.parametrize(("clients", "cap"), [(4, 8), (64, 20), (50, 7), (1, 1)])
+def test_the_largest_losses_do_not_wrap(clients, cap):
+    plan = ScoreSum(clients, 1, cap)
+    total = added(plan, [plan.contribution(cap, 0, 100.0 * cap)] * clients)
+    assert plan.publish(total, clients).loss == pytest.approx(LARGEST_LOSS)
+
+
 def test_a_table_gives_the_sum_back():
     found = [
         plan_update_sum(7, 5, minimum_survivors=3, clip=0.5, weight_cap=9), ScoreSum(5, 3, 100),

@@ -1,8 +1,8 @@
 """MNN: weights in int8 per channel, arithmetic in float; converted from a float ONNX file of the rounded weights.
 
 MNN's importer of quantized ONNX crashes, so it is given floats that lie on the int8 grid already and rounds them to the same
-integers. Its activations therefore stay in float. The converter is called as a function of MNN's extension module: the script that
-MNN installs for it would install packages and report the machine.
+integers. Its activations stay in float, clipped where the integer model saturates. The converter is called as a function of MNN's
+extension module: the script that MNN installs for it would install packages and report the machine.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ import numpy.typing as npt
 from fedcore.errors import Refused
 from fedcore.export.artefact import Contents, Facts, Logits, Tensor
 from fedcore.export.onnx import onnx_bytes
-from fedcore.quantization.integer import IntegerModel, as_images, in_float
+from fedcore.quantization.integer import IntegerModel, as_images
 
 __all__ = ["describe", "load", "write"]
 
 _FILE = "model.mnn"
 _INPUT, _OUTPUT = "input", "logits"
 _FLOAT = (
-    "Convolution", "ConvolutionDepthwise", "MatMul", "Pooling", "ReLU", "TanH", "Sigmoid", "BinaryOp", "LayerNorm", "InstanceNorm",
-    "Reduction", "UnaryOp", "Eltwise", "Scale",
+    "Convolution", "ConvolutionDepthwise", "MatMul", "Pooling", "ReLU", "ReLU6", "TanH", "Sigmoid", "BinaryOp", "LayerNorm",
+    "InstanceNorm", "Reduction", "UnaryOp", "Eltwise", "Scale",
 )  # fmt: skip
 _INTEGER = ("ConvInt8", "DepthwiseConvInt8", "EltwiseInt8", "PoolInt8")
 
@@ -45,7 +45,7 @@ def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
     path = folder / _FILE
     with tempfile.TemporaryDirectory() as place:
         source = Path(place) / "float.onnx"
-        source.write_bytes(onnx_bytes(as_images(in_float(model)), {}, batch=1))
+        source.write_bytes(onnx_bytes(as_images(model), {}, batch=1, in_float=True))
         _convert("-f", "ONNX", "--modelFile", str(source), "--MNNModel", str(path), "--bizCode", json.dumps(facts.texts()),
                  "--weightQuantBits", "8", "--saveStaticModel")  # fmt: skip
     if not path.exists():

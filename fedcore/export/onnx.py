@@ -88,9 +88,14 @@ def to_onnx(model: nn.Module, input_shape: tuple[int, ...], metadata: Mapping[st
     return onnx_bytes(lower(model, input_shape), metadata)
 
 
-def onnx_bytes(model: IntegerModel, metadata: Mapping[str, str], batch: int | str = "batch") -> bytes:
-    """The integer model as an ONNX file; input [batch, *input_shape], output logits, both float32."""
-    writer = _Writer(model)
+def onnx_bytes(
+    model: IntegerModel, metadata: Mapping[str, str], batch: int | str = "batch", *, in_float: bool = False
+) -> bytes:  # fmt: skip
+    """The integer model as an ONNX file; input [batch, *input_shape], output logits, both float32.
+
+    With ``in_float`` the weights are the rounded ones as floats, and values are clipped to the ends of their grids but not rounded.
+    """
+    writer = _Writer(in_float)
     for position, step in enumerate(model.steps, 1):
         writer.add(step, position)
     writer.emit("Identity", [writer.values[-1]], "logits")
@@ -140,11 +145,11 @@ def _tensor(value: Any) -> Tensor:
 class _Writer:
     """Appends ONNX nodes for the steps of an integer model; ``values`` are names by position."""
 
-    def __init__(self, model: IntegerModel) -> None:
+    def __init__(self, in_float: bool) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self.values = ["input"]
-        self._model = model
+        self._in_float = in_float
 
     def add(self, step: Step, position: int) -> None:
         """Write one step; its result is put on the step's grid."""
@@ -182,13 +187,13 @@ class _Writer:
         return self.emit("Relu", [output], name) if operation.relu else output
 
     def _weight(self, weights: Weights, name: str) -> str:
-        if weights.scale is None:
-            return self._constant(f"{name}.weight", weights.values)
+        if weights.scale is None or self._in_float:
+            return self._constant(f"{name}.weight", weights.real()[0])
         return self._dequantized(f"{name}.weight", weights.values, weights.scale)
 
     def _bias(self, weights: Weights, name: str) -> str:
-        if not weights.integer:
-            return self._constant(f"{name}.bias", weights.bias)
+        if not weights.integer or self._in_float:
+            return self._constant(f"{name}.bias", weights.real()[1])
         return self._dequantized(f"{name}.bias", weights.bias, weights.accumulator_scale)
 
     def _pool(self, x: str, operation: Pool, name: str) -> str:
@@ -216,6 +221,10 @@ class _Writer:
         return value
 
     def _quantized(self, value: str, grid: ActivationRange, name: str) -> str:
+        if self._in_float:
+            ends = ((end - grid.zero_point) * grid.scale for end in (-128, 127))
+            limits = [self._constant(f"{name}.{k}", np.array(v, np.float32)) for k, v in zip(("low", "high"), ends, strict=True)]
+            return self.emit("Clip", [value, *limits], f"{name}.clipped")
         scale = self._constant(f"{name}.scale", np.array(grid.scale, np.float32))
         zero = self._constant(f"{name}.zero_point", np.array(grid.zero_point, np.int8))
         quantized = self.emit("QuantizeLinear", [value, scale, zero], f"{name}.q")

@@ -23,7 +23,7 @@ from fedcore.export.compress import compress
 from fedcore.export.gate import Measured, Row, agreement, judge, quantile
 from fedcore.export.source import Source
 from fedcore.export.targets import TARGETS, Target, missing_package
-from fedcore.quantization.integer import IntegerModel, with_integer_logits
+from fedcore.quantization.integer import IntegerModel, with_float_head, with_logit_peak
 from fedcore.quantization.lower import lower
 
 __all__ = ["Plan", "TierModel", "choose", "release", "tier_model", "to_json"]
@@ -44,11 +44,9 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class TierModel:
-    """A tier's model, as integers without and with integer logits, the labels [n] that its fake-quantized form gives the test
-    examples, and its accuracy there."""
+    """A tier's model as integers, the labels [n] that its fake-quantized form gives the test examples, and its accuracy there."""
 
     integers: IntegerModel
-    with_logits: IntegerModel
     expected: npt.NDArray[np.int64]
     accuracy: float
 
@@ -95,7 +93,7 @@ def tier_model(source: Source, tier: TierConfig) -> TierModel:
     with torch.no_grad():
         expected = torch.cat([model(part).argmax(1) for part in torch.from_numpy(test.x).split(256)]).numpy()
     accuracy = float((expected == test.y).mean())
-    return TierModel(integers, with_integer_logits(integers, source.representative), expected, accuracy)
+    return TierModel(with_logit_peak(integers, source.representative), expected, accuracy)
 
 
 def _weights(model: torch.nn.Module) -> Iterable[torch.Tensor]:
@@ -139,7 +137,7 @@ class _Tier:
         self._source, self._name, self._config, self._model = source, name, config, model
         self._plan, self._folder, self._place = plan, folder, place
         np.save(place / "x.npy", source.dataset.test.x)
-        for kind, integers in (("float", model.integers), ("integer", model.with_logits)):
+        for kind, integers in (("integer", model.integers), ("head", with_float_head(model.integers))):
             (place / f"{kind}.pickle").write_bytes(pickle.dumps(integers))
 
     def run(self, told: Told) -> list[Row]:
@@ -190,7 +188,7 @@ class _Tier:
         folder = self._folder / target.name
         folder.mkdir(parents=True, exist_ok=True)
         facts = dataclasses.replace(self._source.facts, tier=self._name)
-        model = self._place / ("integer.pickle" if target.integer_logits else "float.pickle")
+        model = self._place / ("head.pickle" if target.float_head else "integer.pickle")
         job = {"task": "convert", "target": target.name, "model": str(model), "folder": str(folder), "facts": _plain(facts)}
         try:
             return Path(run_job(job, self._plan.limits)["path"])
@@ -225,7 +223,8 @@ class _Tier:
             held["size"], held["integer"], held["floating"], latency_ms=quantile(times, 0.5), p95_ms=quantile(times, 0.95),
             peak_bytes=peak, **shares,
         )  # fmt: skip
-        problems = list(judge(measured, self._config, target, self._model.integers.integer_layers))
+        promised = self._model.integers.integer_layers - target.float_head
+        problems = list(judge(measured, self._config, target, promised))
         values = dataclasses.asdict(measured)
         reason = "; ".join(problems) or (
             "" if target.runs else "its runtime does not exist on this system; specification and weights only"

@@ -20,7 +20,7 @@ class Target:
     packages: tuple[str, ...]
     artefact: str
     integer: bool = True  # every layer with weights adds up integers
-    integer_logits: bool = False
+    float_head: bool = False  # the layer of logits is float: its integers would have eight bits
     runs: bool = True  # on this machine
     writer: str = "write"
 
@@ -29,13 +29,13 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx", "onnx", ("onnx", "onnxruntime"), "model.onnx"),
-        Target("litert", "litert", ("ai_edge_litert", "flatbuffers"), "model.tflite", integer_logits=True),
-        Target("executorch", "executorch", ("executorch",), "model.xnnpack.pte", integer_logits=True),
+        Target("litert", "litert", ("ai_edge_litert", "flatbuffers"), "model.tflite"),
+        Target("executorch", "executorch", ("executorch",), "model.xnnpack.pte", float_head=True),
         Target("executorch-portable", "executorch", ("executorch",), "model.portable.pte", integer=False, writer="write_portable"),
         Target("coreml", "coreml", ("coremltools",), "model.mlpackage", runs=False),
         Target("ncnn", "ncnn", ("ncnn",), "model.param"),
         Target("mnn", "mnn", ("MNN",), "model.mnn", integer=False),
-        Target("micro", "micro", ("ai_edge_litert", "flatbuffers"), "model.cc", integer_logits=True),
+        Target("micro", "micro", ("ai_edge_litert", "flatbuffers"), "model.cc"),
     )
 }
 _SUFFIXES = {".onnx": "onnx", ".tflite": "litert", ".pte": "executorch", ".mlpackage": "coreml", ".param": "ncnn", ".mnn": "mnn",

@@ -22,7 +22,7 @@ from fedcore.quantization.wire import ActivationRange
 
 __all__ = [
     "Convolution", "Dense", "Elementwise", "Flatten", "GroupNorm", "IntegerModel", "Operation", "Pool", "Step", "Value", "Weights",
-    "as_images", "in_float", "integer_logits", "interpret", "with_integer_logits",
+    "as_images", "integer_logits", "interpret", "with_float_head", "with_logit_peak",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -132,10 +132,12 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class IntegerModel:
-    """Steps in order of execution; the input is float32 [n, *input_shape], the last step's result are the logits."""
+    """Steps in order of execution; the input is float32 [n, *input_shape], the last step's result are the logits. ``logit_peak`` is
+    the largest absolute logit that was seen, 0 where nobody looked."""
 
     input_shape: tuple[int, ...]
     steps: tuple[Step, ...]
+    logit_peak: float = 0.0
 
     @property
     def classes(self) -> int:
@@ -198,18 +200,6 @@ def integer_logits(model: IntegerModel, x: Floats) -> Floats:
     return np.concatenate([interpret(model, x[i : i + _BATCH])[-1].real() for i in range(0, len(x), _BATCH)])
 
 
-def in_float(model: IntegerModel) -> IntegerModel:
-    """The model on rounded weights in float arithmetic, for runtimes that quantize by themselves: no grids, no integers."""
-
-    def plain(step: Step) -> Step:
-        operation = step.operation
-        if isinstance(operation, Convolution | Dense):
-            operation = dataclasses.replace(operation, weights=Weights(*operation.weights.real()))
-        return dataclasses.replace(step, operation=operation, grid=None)
-
-    return dataclasses.replace(model, steps=tuple(map(plain, model.steps)))
-
-
 def as_images(model: IntegerModel) -> IntegerModel:
     """The model with windows [channels, steps] as images [channels, 1, steps], for runtimes without one-dimensional kernels."""
     if len(model.input_shape) != 2:
@@ -229,20 +219,27 @@ def as_images(model: IntegerModel) -> IntegerModel:
             )
         return dataclasses.replace(step, operation=operation, shape=_image(step.shape))
 
-    return IntegerModel(_image(model.input_shape), tuple(map(lifted, model.steps)))
+    return dataclasses.replace(model, input_shape=_image(model.input_shape), steps=tuple(map(lifted, model.steps)))
 
 
 def _image(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (shape[0], 1, shape[1]) if len(shape) == 2 else shape
 
 
-def with_integer_logits(model: IntegerModel, x: Floats) -> IntegerModel:
-    """The model with int8 logits, on a grid that spans those of the representative examples x [n, *input_shape]."""
-    if model.steps[-1].grid:
+def with_logit_peak(model: IntegerModel, x: Floats) -> IntegerModel:
+    """The model with the largest absolute logit of the representative examples x [n, *input_shape], for runtimes whose logits are
+    integers."""
+    return dataclasses.replace(model, logit_peak=float(np.abs(integer_logits(model, x)).max(initial=0.0)))
+
+
+def with_float_head(model: IntegerModel) -> IntegerModel:
+    """The model with its last dense layer on rounded weights in float, for runtimes whose integer layers give no more than eight
+    bits: too few to tell close logits apart."""
+    last = model.steps[-1]
+    if not isinstance(last.operation, Dense):
         return model
-    logits = integer_logits(model, x)
-    grid = ActivationRange.spanning(float(logits.min()), float(logits.max()))
-    return dataclasses.replace(model, steps=(*model.steps[:-1], dataclasses.replace(model.steps[-1], grid=grid)))
+    head = dataclasses.replace(last.operation, weights=Weights(*last.operation.weights.real()))
+    return dataclasses.replace(model, steps=(*model.steps[:-1], dataclasses.replace(last, operation=head)))
 
 
 def _run(step: Step, inputs: Sequence[Value]) -> Value:

@@ -16,7 +16,7 @@ from typing import Any
 TARGETS = "onnx,litert,executorch,coreml,ncnn,mnn,micro"
 _SHORT = ["run.rounds=12", "quantization.calibrate_round=6", "training.epochs=2", "training.batch_size=16", "training.lr=0.05",
           "training.momentum=0.9", "engine.workers=1", "evaluation.every=0"]  # fmt: skip
-_DIGITS = ["data.dataset=digits", "data.clients=10"]
+_DIGITS = ["data.dataset=digits", "data.clients=10", "run.rounds=30", "quantization.calibrate_round=10"]
 _FASHION = ["data.dataset=fashion-mnist", "data.clients=20", "data.partition=iid", "run.rounds=4", "quantization.calibrate_round=2",
             "cohort.size=5", "training.epochs=1", "data.calibration=512"]  # fmt: skip
 _WATCH = ["data.dataset=smartwatch", "data.partition=natural", "data.clients=0", "training.lr=0.02"]

@@ -12,7 +12,7 @@ from fedcore.errors import Refused
 from fedcore.export.artefact import Facts
 from fedcore.export.targets import TARGETS, missing_package
 from fedcore.models import ZOO
-from fedcore.quantization.integer import as_images, in_float, integer_logits, with_integer_logits
+from fedcore.quantization.integer import as_images, integer_logits, with_logit_peak
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware
 from fedcore.quantization.lower import lower
 
@@ -36,20 +36,21 @@ def integers(network: nn.Module, shape: tuple[int, ...], examples: int = 120):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_litert_gives_the_interpreters_bits_and_runs_integers_only(name, tmp_path):
+def test_litert_gives_the_interpreters_logits_and_runs_integers_only(name, tmp_path):
     litert = module_of("litert")
     torch.manual_seed(0)
     model, x = integers(ZOO[name](SHAPES[name], 10), SHAPES[name])
-    model = with_integer_logits(model, x)
+    model = with_logit_peak(model, x)
     path = litert.write(model, tmp_path, FACTS)
-    # Fixed-point factors differ from ours by a step at a tie, and a step in one value may move a logit by one.
     found, expected = litert.load(path, 1)(x), integer_logits(model, x)
-    assert np.abs(found - expected).max() <= 1.01 * model.steps[-1].grid.scale
-    assert (found == expected).mean() > 0.99
+    # Logits have 16 bits. Fixed-point factors differ from ours by a step at a tie, which moves a few logits further.
+    near = np.abs(found - expected) <= 2 * 1.5 * model.logit_peak / 32767
+    assert near.mean() > 0.99
+    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.99
     held = litert.describe(path)
     assert held.integer >= model.integer_layers and held.floating == 0
-    assert "DEQUANTIZE" not in held.operators
-    assert {tensor.kind for tensor in (*held.inputs, *held.outputs)} == {"int8"}
+    assert held.operators["DEQUANTIZE"] == 1  # of the logits
+    assert [tensor.kind for tensor in (*held.inputs, *held.outputs)] == ["int8", "float32"]
 
 
 @pytest.mark.parametrize("name", ZOO)
@@ -98,8 +99,7 @@ def test_operators_beyond_the_zoo(network, target, tmp_path):
         pytest.skip("MNN 3.6.1 ends by a segmentation fault in a network with GroupNorm; in an export that costs its own row")
     torch.manual_seed(1)
     model, x = integers(network(), (2, 15, 15))
-    if TARGETS[target].integer_logits:
-        model = with_integer_logits(model, x)
+    model = with_logit_peak(model, x)
     found, expected = module.load(module.write(model, tmp_path, FACTS), 1)(x), integer_logits(model, x)
     assert np.abs(found - expected).max() < (0.06 if target in ("onnx", "litert") else 0.12) * np.ptp(expected)
 
@@ -117,7 +117,7 @@ def test_the_facts_travel_with_the_artefact(target, tmp_path):
 def test_labels_are_where_task_libraries_look_for_them(tmp_path):
     litert = module_of("litert")
     model, x = integers(ZOO["cnn"]((1, 8, 8), 2), (1, 8, 8))
-    path = litert.write(with_integer_logits(model, x), tmp_path, FACTS)
+    path = litert.write(with_logit_peak(model, x), tmp_path, FACTS)
     with zipfile.ZipFile(path) as archive:
         assert archive.read("labels.txt") == b"zero\none\n"
     from ai_edge_litert import schema_py_generated as schema
@@ -130,13 +130,13 @@ def test_labels_are_where_task_libraries_look_for_them(tmp_path):
     assert b"labels.txt" in metadata
     again = tmp_path / "again"
     again.mkdir()
-    assert litert.write(with_integer_logits(model, x), again, FACTS).read_bytes() == path.read_bytes()
+    assert litert.write(with_logit_peak(model, x), again, FACTS).read_bytes() == path.read_bytes()
 
 
 def test_buffers_lie_where_a_microcontroller_reads_them_in_place(tmp_path):
     litert = module_of("litert")
     model, x = integers(ZOO["cnn"]((1, 8, 8), 10), (1, 8, 8))
-    data = litert.write(with_integer_logits(model, x), tmp_path, Facts()).read_bytes()
+    data = litert.write(with_logit_peak(model, x), tmp_path, Facts()).read_bytes()
     from ai_edge_litert import schema_py_generated as schema
 
     packed = schema.Model.GetRootAs(data, 0)
@@ -158,12 +158,17 @@ def test_an_average_that_litert_does_not_have_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["imu_cnn", "cnn"])
-def test_images_of_one_row_and_floats_stand_for_the_same_model(name):
+def test_images_of_one_row_stand_for_the_same_model(name):
     model, x = integers(ZOO[name](SHAPES[name], 10), SHAPES[name], 20)
     images = as_images(model)
     lifted = x[:, :, None] if x.ndim == 3 else x
     np.testing.assert_array_equal(integer_logits(images, lifted), integer_logits(model, x))
-    plain = in_float(model)
-    assert plain.integer_layers == 0 and not any(step.grid for step in plain.steps)
-    expected = integer_logits(model, x)
-    assert np.abs(integer_logits(plain, x) - expected).max() < 0.05 * np.ptp(expected)
+
+
+def test_the_float_form_clips_where_the_integer_model_saturates():
+    from fedcore.export.onnx import onnx_bytes, onnx_logits
+
+    model, x = integers(ZOO["cnn"](SHAPES["cnn"], 10), SHAPES["cnn"])
+    for factor in (1, 8):  # far outside of the calibrated range, too
+        found, expected = onnx_logits(onnx_bytes(model, {}, in_float=True), factor * x), integer_logits(model, factor * x)
+        assert np.abs(found - expected).max() < 0.06 * np.ptp(expected)

@@ -8,7 +8,7 @@ from torch import nn
 from fedcore.errors import Refused
 from fedcore.export.onnx import onnx_bytes, onnx_logits
 from fedcore.models import ZOO
-from fedcore.quantization.integer import Convolution, Dense, integer_logits, interpret, with_integer_logits
+from fedcore.quantization.integer import Convolution, Dense, integer_logits, interpret, with_float_head, with_logit_peak
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware, set_activation_ranges
 from fedcore.quantization.lower import lower
 from fedcore.quantization.wire import ActivationRange
@@ -140,16 +140,15 @@ def test_a_rectifier_is_part_of_its_layer_unless_the_layer_is_used_twice():
         np.testing.assert_allclose(integer_logits(lower(network, (4,)), x.numpy()), network(x).numpy(), atol=0.05)
 
 
-def test_integer_logits_lie_on_a_grid_that_spans_them():
+def test_the_peak_is_that_of_the_logits_and_a_float_head_changes_nothing_else():
     torch.manual_seed(0)
     x = torch.randn(100, 1, 8, 8)
     model = lower(quantized(ZOO["cnn"]((1, 8, 8), 10), x), (1, 8, 8))
-    rounded = with_integer_logits(model, x.numpy())
-    expected, found = integer_logits(model, x.numpy()), interpret(rounded, x.numpy())[-1]
-    assert found.array.dtype == np.int8
-    assert found.array.min() == -128 and found.array.max() == 127
-    assert np.abs(found.real() - expected).max() <= 0.51 * rounded.steps[-1].grid.scale
-    assert with_integer_logits(rounded, x.numpy()) is rounded
+    expected = integer_logits(model, x.numpy())
+    assert model.logit_peak == 0 and with_logit_peak(model, x.numpy()).logit_peak == np.abs(expected).max()
+    head = with_float_head(model)
+    assert head.integer_layers == model.integer_layers - 1 and head.steps[:-1] == model.steps[:-1]
+    np.testing.assert_allclose(integer_logits(head, x.numpy()), expected, atol=1e-5)
 
 
 def test_weights_and_biases_stand_for_those_of_the_layer():

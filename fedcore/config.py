@@ -144,6 +144,7 @@ class CohortConfig:
     evaluate_size: int = _key(0, "clients that evaluate in a federated evaluation; 0 = all", low=0)
     dropout: float = _key(0.0, "share of simulated clients that vanish in a round, at a random step of it", low=0, high=0.9)
     timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0, high=1e6)
+    attempts: int = _key(3, "times that a round with real clients is tried before the run ends", low=1, high=100)
 
 
 @dataclass(frozen=True)

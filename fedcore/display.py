@@ -74,6 +74,7 @@ def _headline(run: FederatedRun) -> str:
 def _line(metrics: dict[str, Any], watch: _Watch) -> str:
     parts = [f"round {metrics['round']}/{watch.total}", f"cohort {metrics['cohort']}", _accuracy(metrics)]
     parts += [f"dropped {len(metrics['dropped'])}"] if metrics["dropped"] else []
+    parts += [f"tried {1 + len(metrics['failed_attempts'])} times"] if metrics.get("failed_attempts") else []
     parts += [
         f"{metrics['timing']['clients_per_second']:.0f} clients/s",
         f"up {human_bytes(metrics['bytes_up'])}",

@@ -138,17 +138,12 @@ class Coordinator:
         seed_strategies(config.run.seed, number)
         if config.quantization.enabled and number == config.quantization.calibrate_round:
             progress = dataclasses.replace(progress, ranges=self._calibrate(progress))
-        # 2. Who takes part, and what it costs: paid before anything else happens.
-        self._grid.nodes = cohort = self._draw(number)
-        noised = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
-        if self._budget:
-            self._budget.charge(number, cohort, noised)
-        secured = self.assembly.secured
-        release = noised or (secured.updates if secured else None)
-        # 3. The strategy configures, the cohort trains, the strategy aggregates.
-        replies, trained = self._train(self._task(number, progress, release), progress, cohort)
-        master, aggregated = self._aggregate(number, replies)
-        self.observed = tuple(cohort), self._grid.observed
+        # 2. Who takes part, and what it costs: paid before anything else happens. The cohort trains as the strategy configures it.
+        work = self._attempt_to_train(number, progress)
+        release, trained = work.release, work.facts
+        # 3. The strategy aggregates.
+        master, aggregated = self._aggregate(number, work.replies)
+        self.observed = work.cohort, self._grid.observed
         clock.lap("train")
         # 4. Evaluate on the coordinator's test part, and on the clients.
         norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
@@ -171,6 +166,7 @@ class Coordinator:
             "quantized": bool(progress.ranges),
             **central,
             **federated,
+            **({"failed_attempts": work.failures} if work.failures else {}),
             **({"secure": [dict(one) for one in trained.secure]} if trained.secure else {}),
             **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
             "timing": clock.laps | {"seconds": sum(clock.laps.values()), "clients_per_second": worked / clock.laps["train"]},
@@ -203,8 +199,29 @@ class Coordinator:
         usual = float(np.finfo(np.float32).max) if example or self._client_unit else 10 * max(1.0, norm)
         return RoundTask(number, plan, training.max_update_norm or usual, progress.ranges, release)
 
-    def _train(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> tuple[list[Message], Facts]:
-        """The replies of the cohort to what the strategy asks of it."""
+    def _attempt_to_train(self, number: int, progress: Progress) -> _Work:
+        """A cohort's work, paid for. Real clients come and go: with them a round whose replies do not suffice is tried again,
+        with a cohort of its own and a charge of its own."""
+        failures: list[str] = []
+        secured = self.assembly.secured
+        while True:
+            self._grid.nodes = cohort = self._draw(number)
+            noised = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
+            if self._budget:
+                self._budget.charge(number, cohort, noised)
+            release = noised or (secured.updates if secured else None)
+            messages = self._configure(self._task(number, progress, release), progress, cohort)
+            try:
+                replies, facts = self._exchange(messages)
+            except RoundFailed as failure:
+                failures.append(str(failure))
+                if self._grid.simulated or len(failures) >= self.config.cohort.attempts:
+                    raise
+            else:
+                return _Work(tuple(cohort), release, replies, facts, failures)
+
+    def _configure(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> Sequence[Message]:
+        """What the strategy asks of the cohort."""
         number, arrays, record = task.round_number, to_record(self.layout, progress.master), _record(task)
         messages = self._call(
             "configure_train", lambda: list(self.strategy.configure_train(number, arrays, record, self._shown))
@@ -212,7 +229,7 @@ class Coordinator:
         if not messages and (cohort or not task.release):
             raise RoundFailed(f"strategy {self.config.strategy.name} asked no client to train")
         self.assembly.protection.check_messages(messages, task, cohort)
-        return self._exchange(messages or [to_nobody(arrays, record)])
+        return messages or [to_nobody(arrays, record)]
 
     def _exchange(self, messages: Sequence[Message]) -> tuple[list[Message], Facts]:
         replies = list(self._grid.send_and_receive(messages, timeout=self.config.cohort.timeout))
@@ -370,6 +387,17 @@ class Coordinator:
         if self._budget:
             self._budget.check_paid(checkpoint.round_number)
         return Progress(checkpoint.round_number, master, ranges, seen, checkpoint.facts["clipping_norm"])
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a cohort was asked for (``release``) and replied, and why earlier cohorts of the round did not suffice."""
+
+    cohort: tuple[int, ...]
+    release: Summation | None
+    replies: list[Message]
+    facts: Facts
+    failures: list[str]
 
 
 class _Clock:

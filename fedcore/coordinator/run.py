@@ -40,10 +40,11 @@ from fedcore.training.evaluation import load_flat
 __all__ = ["FederatedRun", "RunGrid", "SimulatedRun", "next_directory"]
 
 # What may differ between a run and its continuation: nothing that a committed round depended on.
-_MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout"}}
+_MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout", "attempts"}}
 
 
 _OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
+_BLAMED = "blamed.json"  # enrolled clients that dealt false shares: a continued run does not ask them either
 _SIMULATED = (
     "This run was simulated: noise and coins derive from run.seed, so that it repeats to the bit. Whoever knows the seed, which "
     "stands in the run's files, can take the noise off: the numbers are the mechanism's, not those of a model beside its seed. "
@@ -102,6 +103,8 @@ class FederatedRun:
             budget = Budget(protection, self._ledger, self._store.run_id, fresh_noise=fresh) if self._ledger else None
             self.coordinator = Coordinator(self.assembly, self.grid, self._store, budget)
             self._check_continuation()
+            if isinstance(self.grid, SecureGrid) and (directory / _BLAMED).exists():
+                self.grid.blamed.update(json.loads((directory / _BLAMED).read_text()))
             _write(directory / "config.toml", self.config.to_toml())
             _write(directory / "partition.json", json.dumps(_partition(self.assembly)))
             self._history = list(self._store.metrics())
@@ -167,6 +170,13 @@ class FederatedRun:
 
     def rounds(self) -> Iterator[Metrics]:
         """Run the rounds that are left; each is in metrics.jsonl when it is yielded."""
+        try:
+            yield from self._recorded()
+        finally:
+            if isinstance(self.grid, SecureGrid) and self.grid.blamed:
+                _write(self.directory / _BLAMED, json.dumps(self.grid.blamed, indent=2) + "\n")
+
+    def _recorded(self) -> Iterator[Metrics]:
         for metrics in self.coordinator.rounds():
             self._history.append(metrics)
             if self.assembly.protection.client or self.assembly.secured:
@@ -379,7 +389,7 @@ def _continued(config: RunConfig, directory: Path) -> RunConfig:
             if value != theirs[section][key] and key not in _MAY_CHANGE.get(section, ()):
                 raise Refused(
                     f"--resume: {section}.{key} is {value!r}, the run in {directory} has {theirs[section][key]!r}; "
-                    "a continued run may change only the number of rounds, workers, timeout and checkpoints"
+                    "a continued run may change only the number of rounds, workers, timeout, attempts and checkpoints"
                 )
     if any(one.target_epsilon for one in recorded.privacy) and config.run.rounds != recorded.run.rounds:
         raise Refused(

@@ -154,7 +154,7 @@ def simulated_trust(config: RunConfig, secured: Secured) -> SimulatedTrust | Non
         if enrolment.public != committee.trust.enrolment_key:
             raise Refused(f"secagg.enrolment: {one.enrolment} holds another key than the one that the trust bundle names")
     else:
-        local = local_committee(one.members, one.threshold, one.corrupt_members, config.run.name, secured.policy)
+        local = local_committee(one.members, one.threshold, one.corrupt_members, config.run.name or "simulation", secured.policy)
         committee, enrolment = Committee(local.trust, secured.policy, local.members), local.enrolment
     return SimulatedTrust(committee, SimulatedParticipants(secret, enrolment, committee.trust, secured.policy))
 

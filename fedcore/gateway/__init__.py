@@ -1,0 +1,1 @@
+"""What real devices speak with: the protocol, identities, fleet decisions, and the service that answers them."""

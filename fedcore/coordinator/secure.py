@@ -169,7 +169,8 @@ def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
     if not one.operators:
         raise Refused("[secagg]: real clients need a committee of operators (secagg.operators), apart from the coordinator")
     trust = read_message(folder / one.trust, TrustBundle)
-    check_trust(trust, read_public_key(folder / one.trust_key)[1])
+    with about(f"secagg.trust {folder / one.trust}, which secagg.trust_key {folder / one.trust_key} should have signed"):
+        check_trust(trust, read_public_key(folder / one.trust_key)[1])
     if len(one.operators) != len(trust.member_keys):
         raise Refused(f"secagg.operators: the trust bundle names {len(trust.member_keys)} members, got {len(one.operators)}")
     own = folder / one.credentials if one.credentials else None

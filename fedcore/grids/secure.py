@@ -205,7 +205,7 @@ class SecureGrid(ClientGrid):
         present, seen = [], set[bytes]()
         for message in part:
             try:
-                check_in = one.check(check_in_of(_usable(replies.get(message.metadata.dst_node_id))))
+                check_in = one.check(check_in_of(self._usable(replies.get(message.metadata.dst_node_id))))
                 name, marks = check_in.certificate.name, {check_in.certificate.public_key, check_in.key}
                 if any(name in blamed for blamed in self.blamed):
                     raise ClientFailure(f"its identity {name} dealt false shares before")
@@ -228,14 +228,14 @@ class SecureGrid(ClientGrid):
         for reply in self._inner.send_and_receive(works, timeout=left if timeout is None else min(timeout, left)):
             i = index[reply.metadata.src_node_id]
             try:
-                upload, milliseconds = upload_of(_usable(reply))
+                upload, milliseconds = upload_of(self._usable(reply))
                 vectors[i] = one.receive(coordinator, i, upload)
                 sizes.append(len(upload))
                 taken.append(milliseconds)
             except (ClientFailure, Refused) as failure:
                 dropped[self._client(works[i])] = str(failure)
         for i in index.values() - vectors.keys():
-            dropped.setdefault(self._client(works[i]), "no upload")
+            dropped.setdefault(self._client(works[i]), self._absence)
         return vectors, sizes, taken
 
     def _header(
@@ -275,6 +275,17 @@ class SecureGrid(ClientGrid):
     def _client(self, message: Message) -> int:
         return self._inner.client_of(message.metadata.dst_node_id)
 
+    def _usable(self, reply: Message | None) -> Message:
+        if reply is None:
+            raise ClientFailure(self._absence)
+        if reply.has_error():
+            raise ClientFailure(f"its node failed: {reply.error.reason}")
+        return reply
+
+    @property
+    def _absence(self) -> str:
+        return "vanished (cohort.dropout)" if self.simulated else "no reply within cohort.timeout"
+
     @property
     def _made_by(self) -> Committee:
         if self._committee is None:
@@ -293,14 +304,6 @@ def _integers(task: RoundTask) -> Summation:
     if task.release is None:
         raise Refused("the training configuration asks for no sum")
     return task.release
-
-
-def _usable(reply: Message | None) -> Message:
-    if reply is None:
-        raise ClientFailure("no reply within cohort.timeout")
-    if reply.has_error():
-        raise ClientFailure(f"its node failed: {reply.error.reason}")
-    return reply
 
 
 def _no_noise(size: int) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedcore.errors import Refused
-from fedcore.secagg.member import _HISTORY, _History, _Record
+from fedcore.secagg.records import HISTORY, History, Record
 
 __all__ = ["OpenRound", "Status", "read_records", "status_of"]
 
@@ -41,12 +41,12 @@ def status_of(records: Mapping[str, bytes]) -> Status:
     Raises:
         Refused: a record is none of a member's.
     """
-    history, rounds, approved = _History(0, ()), [], 0
+    history, rounds, approved = History(0, ()), [], 0
     for name, data in records.items():
-        if name == _HISTORY:
-            history = _History.decode(data)
+        if name == HISTORY:
+            history = History.decode(data)
             continue
-        record = _Record.decode(data)
+        record = Record.decode(data)
         approved += bool(record.plan_hash)
         steps = (("released", record.release), ("certified", record.survivors_hash), ("approved", record.plan_hash))
         state = next((step for step, done in steps if done), "offered")

@@ -192,8 +192,9 @@ def read_message(path: Path, kind: type[_M]) -> _M:
     Raises:
         Refused: the file holds no such message, or its fields are not what its bytes say.
     """
+    data = _read(path)
     try:
-        found = json.loads(_read(path))
+        found = json.loads(data)
         message = kind.decode(bytes.fromhex(found["bytes"]))
     except Refused as error:
         raise Refused(f"{path}: {error}") from None

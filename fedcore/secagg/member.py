@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from dataclasses import dataclass
-from typing import ClassVar
 
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
@@ -19,7 +17,6 @@ from fedcore.errors import Refused
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.secagg.crypto import ED25519, Signer, digest, open_box, verify
 from fedcore.secagg.dealing import share_leaves, shares_in
-from fedcore.secagg.encoding import TEXT, U64, Message, blob, coded, nested, sequence
 from fedcore.secagg.journal import Journal
 from fedcore.secagg.merkle import MerkleTree, leaf_hash, root_of
 from fedcore.secagg.messages import (
@@ -48,6 +45,7 @@ from fedcore.secagg.messages import (
     TrustBundle,
 )
 from fedcore.secagg.plan import CheckedPlan, Policy, check_header, check_plan, hash_plan
+from fedcore.secagg.records import HISTORY, Closed, History, Record
 from fedcore.secagg.trust import about, blaming, check_cohort, member_key
 
 __all__ = ["MOST_ROUNDS", "Member", "rounds_of_a_member"]
@@ -55,39 +53,7 @@ __all__ = ["MOST_ROUNDS", "Member", "rounds_of_a_member"]
 MOST_ROUNDS = 1_000_000  # of one committee, for which the graphs' separation bound adds up to 2^-40
 _MOST_OPEN = 1024
 _MOST_TASKS = 65536
-_HISTORY = "history"
 _NONE = b""
-
-
-@dataclass(frozen=True, slots=True)
-class _Record(Message):
-    """One open round. Empty bytes: not yet, or no longer."""
-
-    TAG: ClassVar[int] = 64
-    offer: Offer = coded(nested(Offer))
-    box_secret: bytes = coded(blob(32), secret=True)
-    reveal: bytes = coded(blob(32), secret=True)
-    plan_hash: bytes = coded(blob(32))
-    survivors_hash: bytes = coded(blob(32))
-    release: bytes = coded(blob(1 << 30), secret=True)
-
-
-@dataclass(frozen=True, slots=True)
-class _Closed(Message):
-    """The highest round of a task that is over."""
-
-    TAG: ClassVar[int] = 65
-    task: str = coded(TEXT)
-    round: int = coded(U64)
-
-
-@dataclass(frozen=True, slots=True)
-class _History(Message):
-    """Rounds that are over: how many had a plan approved here, and how far each task has come."""
-
-    TAG: ClassVar[int] = 66
-    approved: int = coded(U64)
-    closed: tuple[_Closed, ...] = coded(sequence(nested(_Closed), 1 << 20))
 
 
 class Member:
@@ -103,13 +69,13 @@ class Member:
             raise Refused(f"the trust bundle does not name this key as member {point}")
         self._point, self._identity = point, identity
         self._trust, self._policy, self._journal, self._random = trust, policy, journal, random
-        self._records: dict[tuple[str, int], _Record] = {}
-        self._history = _History(0, ())
+        self._records: dict[tuple[str, int], Record] = {}
+        self._history = History(0, ())
         for name, data in journal.read().items():
-            if name == _HISTORY:
-                self._history = _History.decode(data)
+            if name == HISTORY:
+                self._history = History.decode(data)
             else:
-                record = _Record.decode(data)
+                record = Record.decode(data)
                 self._records[record.offer.task, record.offer.round] = record
 
     def expire(self, now: int) -> None:
@@ -119,9 +85,9 @@ class Member:
                 closed = {entry.task: entry.round for entry in self._history.closed}
                 closed[key[0]] = max(key[1], closed.get(key[0], 0))
                 approved = self._history.approved + bool(record.plan_hash)
-                history = _History(approved, tuple(_Closed(task, number) for task, number in sorted(closed.items())))
+                history = History(approved, tuple(Closed(task, number) for task, number in sorted(closed.items())))
                 # The record goes last: a crash between the two may count the round twice, but never forgets it.
-                self._journal.write(_HISTORY, history.encode())
+                self._journal.write(HISTORY, history.encode())
                 self._history = history
                 self._journal.erase(_name(*key))
                 del self._records[key]
@@ -226,7 +192,7 @@ class Member:
         if len(signed) < header.threshold:
             raise Refused(f"{len(signed)} members certified these survivors; {header.threshold} are needed")
 
-    def _released(self, plan: CheckedPlan, record: _Record, request: ReleaseRequest) -> bytes:
+    def _released(self, plan: CheckedPlan, record: Record, request: ReleaseRequest) -> bytes:
         """The shares of b_i for i in U, and of s_ij for i in U, j in N(i) outside U; nothing else."""
         alive = {survivor.index for survivor in request.survivors.clients}
         if len(request.deposits) != len(alive):
@@ -245,7 +211,7 @@ class Member:
         parts = (self._point, plan.hash, request.survivors.hash, tuple(dealers), tuple(refused))
         return Release(*parts, self._identity.sign(RELEASE, Release(*parts, bytes(64)).content())).encode()
 
-    def _open(self, plan: CheckedPlan, record: _Record, deposit: Deposit) -> tuple[int, list[bytes] | str]:
+    def _open(self, plan: CheckedPlan, record: Record, deposit: Deposit) -> tuple[int, list[bytes] | str]:
         """The client's index, and its shares for this member, or why there are none.
 
         Raises:
@@ -269,7 +235,7 @@ class Member:
             return index, "its shares are not those under its signed root"
         return index, shares
 
-    def _plan(self, plan: Plan, now: int) -> tuple[CheckedPlan, _Record]:
+    def _plan(self, plan: Plan, now: int) -> tuple[CheckedPlan, Record]:
         checked = check_plan(plan, self._trust, self._policy, now)
         header = checked.header
         record = self._record(header.task, header.round, header.offers)
@@ -277,7 +243,7 @@ class Member:
             raise Refused(f"another plan for round {header.round} of {header.task!r} is approved already")
         return checked, record
 
-    def _record(self, task: str, number: int, offers: tuple[Offer, ...]) -> _Record:
+    def _record(self, task: str, number: int, offers: tuple[Offer, ...]) -> Record:
         record = self._records.get((task, number))
         if record is None:
             raise Refused(f"round {number} of {task!r} is not open")
@@ -285,7 +251,7 @@ class Member:
             raise Refused(f"the plan does not contain the offer of member {self._point}")
         return record
 
-    def _with_survivors(self, record: _Record, plan: CheckedPlan, survivors: Survivors) -> _Record:
+    def _with_survivors(self, record: Record, plan: CheckedPlan, survivors: Survivors) -> Record:
         if record.survivors_hash not in {_NONE, survivors.hash}:
             raise Refused(f"other survivors of round {plan.header.round} of {plan.header.task!r} are certified already")
         return dataclasses.replace(record, plan_hash=plan.hash, survivors_hash=survivors.hash)
@@ -307,14 +273,14 @@ class Member:
         if self._history.approved + sum(bool(record.plan_hash) for record in self._records.values()) >= most:
             raise Refused(f"this member has taken part in {most} rounds; a committee with new keys is needed")
 
-    def _new_record(self, wanted: OfferRequest) -> _Record:
+    def _new_record(self, wanted: OfferRequest) -> Record:
         secret, reveal = self._random(32), self._random(32)
         key = X25519PrivateKey.from_private_bytes(secret).public_key().public_bytes_raw()
         parts = (self._point, wanted.task, wanted.round, wanted.epoch, wanted.expiry, key, digest("reveal", reveal))
         offer = Offer(*parts, self._identity.sign(OFFER, Offer(*parts, bytes(64)).content()))
-        return _Record(offer, secret, reveal, _NONE, _NONE, _NONE)
+        return Record(offer, secret, reveal, _NONE, _NONE, _NONE)
 
-    def _keep(self, record: _Record) -> None:
+    def _keep(self, record: Record) -> None:
         key = record.offer.task, record.offer.round
         if self._records.get(key) != record:
             self._journal.write(_name(*key), record.encode())

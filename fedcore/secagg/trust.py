@@ -45,12 +45,13 @@ def sign_trust(
     """A trust bundle, signed with the Ed25519 key that devices know beforehand.
 
     Raises:
-        Refused: what `check_trust` refuses.
+        Refused: a population without a name, or a committee that `check_trust` refuses.
     """
+    if not 1 <= len(population.encode()) <= 64:
+        raise Refused(f"a population has a name of 1 to 64 bytes, got {population!r}")
+    _check_committee(member_keys, threshold, corrupt)
     parts = (population, enrolment_key, threshold, corrupt, tuple(member_keys))
-    trust = TrustBundle(*parts, root.sign(TRUST, TrustBundle(*parts, bytes(64)).content()))
-    check_trust(trust, root.public)
-    return trust
+    return TrustBundle(*parts, root.sign(TRUST, TrustBundle(*parts, bytes(64)).content()))
 
 
 def check_trust(trust: TrustBundle, root_key: bytes) -> None:
@@ -60,10 +61,14 @@ def check_trust(trust: TrustBundle, root_key: bytes) -> None:
         Refused: another signature, or a committee whose threshold does not suffice: 0 <= c < t <= m, 2 t > m + c.
     """
     verify(ED25519, root_key, trust.signature, TRUST, trust.content())
-    m, t, c = len(trust.member_keys), trust.threshold, trust.corrupt_members
-    if not (c < t <= m and 2 * t > m + c):
-        raise Refused(f"a committee of m={m}, t={t}, c={c} is not safe: it takes c < t <= m and 2 t > m + c")
-    if len(set(trust.member_keys)) != m:
+    _check_committee(trust.member_keys, trust.threshold, trust.corrupt_members)
+
+
+def _check_committee(keys: Sequence[bytes], t: int, c: int) -> None:
+    m = len(keys)
+    if not (0 <= c < t <= m <= 255 and 2 * t > m + c):
+        raise Refused(f"a committee of m={m}, t={t}, c={c} is not safe: it takes 0 <= c < t <= m <= 255 and 2 t > m + c")
+    if len(set(keys)) != m:
         raise Refused("two members of the committee have one key")
 
 

@@ -16,13 +16,14 @@ from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.errors import Misbehaviour, TryAgain
+from fedcore.quantization.wire import decode_model
 from fedcore.secagg.committee import STEPS
 from fedcore.secagg.committee_client import RemoteMember
 from fedcore.secagg.committee_status import read_records
 from fedcore.secagg.coordinator import Coordinator
 from fedcore.secagg.keys import read_message, read_signing_key
-from fedcore.secagg.member import _Record
 from fedcore.secagg.messages import OfferRequest, TrustBundle
+from fedcore.secagg.records import Record
 from fedcore.secagg.trust import issue_certificate
 
 CLIENTS = 6
@@ -138,7 +139,7 @@ class Committee:
 
     def secrets(self, a) -> list[bytes]:
         records = read_records(self.folder / f"m{a}" / "journal")
-        return [secret for record in map(_Record.decode, records.values()) for secret in (record.box_secret, record.reveal)]
+        return [secret for record in map(Record.decode, records.values()) for secret in (record.box_secret, record.reveal)]
 
 
 @pytest.fixture
@@ -249,3 +250,78 @@ def test_a_round_that_is_over_is_erased_without_any_request(committee):
     assert fedcore("committee", "show", committee.folder / "m1", "--json")["closed"] == {"digits": 1}
     with pytest.raises(Misbehaviour, match="never used again"):
         committee.remotes[1].offer(OfferRequest("digits", 1, 1, expiry + 60).encode())
+
+
+SCENARIO = """
+[run]
+name = "operated"
+rounds = 4
+[data]
+clients = 8
+[model]
+name = "mlp"
+params = { hidden = [16] }
+[secagg]
+enabled = true
+corrupt_fraction = 0.1
+"""
+
+
+def simulate(folder, out, *more, kill_after=0):
+    """The exit code of a simulation, which is killed after some rounds."""
+    command = [*SERVE[:3], "simulate", str(folder), "--out", str(out), *more]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True) as process:
+        for line in process.stdout:
+            if kill_after and line.startswith(f"round {kill_after}/"):
+                os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("committee", [(4, 3, 1)], indirect=True)
+def test_a_run_and_an_operator_are_killed_and_the_resumed_run_ends_with_the_same_bits(committee, tmp_path):
+    addresses = [committee.addresses[a] for a in sorted(committee.keys)]
+    fingerprints = [committee.keys[a]["fingerprint"] for a in sorted(committee.keys)]
+    pinned = (
+        f"operators = {json.dumps(addresses)}\noperator_fingerprints = {json.dumps(fingerprints)}\n"
+        'trust = "bundle.json"\ntrust_key = "root/signing.pub"\ncredentials = "coordinator"\nenrolment = "ca"\n'
+    )
+    masked, plain = tmp_path / "masked.toml", tmp_path / "plain.toml"
+    masked.write_text(SCENARIO + pinned)
+    plain.write_text(SCENARIO + 'simulate = "arithmetic"\n')
+    assert simulate(masked, tmp_path / "run", kill_after=2) == -signal.SIGKILL
+    committee.kill(2)
+    committee.start(2)
+    committee.wait(2)
+    committee.kill(3)  # for good: three of four are enough
+    assert simulate(masked, tmp_path / "run", "--resume") == 0
+    assert simulate(plain, tmp_path / "expected") == 0
+    models = [(tmp_path / run / "model" / "model.fcm").read_bytes() for run in ("run", "expected")]
+    tensors = [decode_model(model).tensors for model in models]
+    assert all((tensors[0][name] == tensors[1][name]).all() for name in tensors[1])
+    silent = [json.loads(line)["secure"][0]["silent"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [list(one) for one in silent[:2]] == [[], []]
+    assert list(silent[-1]) == ["3"]
+    for a in committee.keys:
+        assert not any(secret in (tmp_path / "run" / "metrics.jsonl").read_bytes() for secret in committee.secrets(a) if secret)
+
+
+def test_a_bundle_that_nobody_can_use_is_refused_in_words(tmp_path):
+    fedcore("trust", "keygen", "--out", tmp_path / "root")
+    fedcore("enrol-ca", "keygen", "--out", tmp_path / "ca")
+    fedcore("committee", "keygen", "--out", tmp_path / "m1")
+    settings = {"population": "phones", "threshold": "1", "corrupt": "0"}
+    for change, words in (
+        ({"corrupt": "-1"}, "is not safe: it takes 0 <= c"),
+        ({"threshold": "300"}, "is not safe: it takes 0 <= c"),
+        ({"population": ""}, "a population has a name of 1 to 64 bytes"),
+    ):
+        options = [part for key, value in {**settings, **change}.items() for part in (f"--{key}", value)]
+        done = CliRunner().invoke(app, [
+            "trust", "bundle", str(tmp_path / "root"), *options, "--member", str(tmp_path / "m1" / "identity.pub"),
+            "--enrol-ca", str(tmp_path / "ca" / "signing.pub"), "--out", str(tmp_path / "bundle.json"),
+        ])  # fmt: skip
+        assert done.exit_code == 2, done.output
+        assert words in done.output
+        assert len(done.output.strip().splitlines()) == 1
+        assert not (tmp_path / "bundle.json").exists()

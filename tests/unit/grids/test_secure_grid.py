@@ -172,7 +172,7 @@ def flipped(place):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda reply: None, "no upload"),
+        (lambda reply: None, "vanished"),
         (flipped(-1), "vector is not the one that it signed"),
         (flipped(200), ""),
         (other_bytes(lambda data: data[:-2]), "bytes"),
@@ -246,7 +246,7 @@ def test_work_that_differs_from_the_plan_is_refused_by_the_clients():
     bench.transport.inner.send_and_receive = tampering
     with pytest.raises(RoundFailed, match="given up"):
         bench.run()
-    assert all("another model" in reason or reason == "no upload" for _, reason in bench.grid.observed.dropped)
+    assert all("another model" in reason or reason == "vanished (cohort.dropout)" for _, reason in bench.grid.observed.dropped)
     assert any("another model" in reason for _, reason in bench.grid.observed.dropped)
 
 

@@ -1,0 +1,233 @@
+"""From a model of layers in a row to its training step, written layer by layer: forward, the loss, and back.
+
+Nothing is traced: every operator in the graph is one that this package wrote, of the few that `form` lists, so that a device can
+check a step by reading it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+from onnx import helper
+from torch import nn
+
+from fedcore.errors import Refused
+from fedcore.portable.form import FORM_KEY, IR_VERSION, OPSET, RANGE_VALUES, StepForm
+from fedcore.portable.links import (
+    Average,
+    Flatten,
+    Frame,
+    Largest,
+    Link,
+    Normalise,
+    Parameters,
+    Relu,
+    Round,
+    Sigmoid,
+    Tanh,
+    refuse,
+)  # fmt: skip
+from fedcore.portable.nodes import Nodes, Value
+from fedcore.portable.parts import Part
+from fedcore.portable.weighted import Dense, convolution
+from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, quantizers
+
+__all__ = ["step_form", "step_graph"]
+
+_KNOWN = (
+    "Linear, Conv1d, Conv2d and their quantized forms, ReLU, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, LayerNorm "
+    "over features, Flatten, FakeQuantize, Identity"
+)
+_LINEAR, _CONVOLUTIONS = (nn.Linear, QuantLinear), (nn.Conv1d, QuantConv1d, nn.Conv2d, QuantConv2d)
+_LARGEST, _AVERAGE = (nn.MaxPool1d, nn.MaxPool2d), (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
+_POINTWISE: dict[type[nn.Module], Any] = {nn.ReLU: Relu, nn.Tanh: Tanh, nn.Sigmoid: Sigmoid}
+
+
+def step_form(model: nn.Module, input_shape: tuple[int, ...], classes: int, batch: int, *, clips: bool) -> StepForm:
+    """The sizes of the step of a model, from its parameters and its quantizers that are frozen and enabled."""
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
+    rounding = tuple(name for name, q in quantizers(model) if q.frozen is not None and q.enabled)
+    return StepForm(sum(trained), sum(frozen), rounding, input_shape, classes, batch, clips)
+
+
+def step_graph(
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, clips: bool, dtype: Any = np.float32
+) -> tuple[bytes, StepForm]:
+    """The training step of ``model`` for ``batch`` inputs of ``input_shape``, as the bytes of an ONNX file, and its form.
+
+    The same model gives the same bytes; values of parameters and of activation ranges are not part of them. ``dtype`` float64
+    is for comparisons.
+
+    Raises:
+        Refused: a layer that is not known, or layers that do not fit together; the line names it.
+    """
+    form = step_form(model, input_shape, 1, batch, clips=clips)
+    if not form.parameters:
+        raise Refused("training step: the model has no trainable parameters")
+    nodes = Nodes(dtype)
+    inputs = {name: Value(name, shape) for name, shape in form.inputs().items()}
+    parameters = _parameters(nodes, model, inputs)
+    links = _links(nodes, model, input_shape, parameters, _grids(nodes, inputs, form.quantizers))
+    classes = links[-1].frame.channels
+    form = step_form(model, input_shape, classes, batch, clips=clips)
+    inputs["y"] = Value("y", (batch, classes))
+    outputs = _accumulate(nodes, links, inputs, [n for n, p in model.named_parameters() if p.requires_grad], clips=clips)
+    return _file(nodes, form, outputs), form
+
+
+def _parameters(nodes: Nodes, model: nn.Module, inputs: dict[str, Value]) -> Parameters:
+    """The flat inputs cut into the model's parameters, in its order."""
+    values: dict[str, Value] = {}
+    for source, wanted in (("parameters", True), ("frozen", False)):
+        chosen = [(name, p) for name, p in model.named_parameters() if p.requires_grad is wanted]
+        if chosen:
+            pieces = nodes.split(inputs[source], [p.numel() for _, p in chosen])
+            values |= {name: nodes.reshape(v, *p.shape) for (name, p), v in zip(chosen, pieces, strict=True)}
+    return Parameters(values, frozenset(name for name, p in model.named_parameters() if p.requires_grad))
+
+
+def _grids(nodes: Nodes, inputs: dict[str, Value], names: tuple[str, ...]) -> dict[str, list[Value]]:
+    if not names:
+        return {}
+    numbers = nodes.split(inputs["ranges"], [1] * (RANGE_VALUES * len(names)))
+    return {name: numbers[i * RANGE_VALUES : (i + 1) * RANGE_VALUES] for i, name in enumerate(names)}
+
+
+def _links(
+    nodes: Nodes, model: nn.Module, input_shape: tuple[int, ...], parameters: Parameters, grids: dict[str, list[Value]]
+) -> list[Link]:  # fmt: skip
+    """The layers in a row, with the frames that they hand on."""
+    if type(model) is not nn.Sequential:
+        raise Refused(f"training step: the model is a {type(model).__name__}; only layers in a row (Sequential) can be exported")
+    links: list[Link] = []
+    layers = list(_layers(model))
+    used = [layer for _, layer in layers if any(True for _ in layer.parameters())]
+    frame = Frame(input_shape[0], input_shape[1:] or None)
+    if layers and type(layers[0][1]) is nn.Flatten:
+        frame = Frame(prod(input_shape), None)
+    for name, layer in layers:
+        if used.count(layer) > 1:
+            raise refuse(name, layer, "runs twice")
+        for link in _of_layer(name, layer, frame, parameters, grids):
+            if isinstance(link, Largest) and links and isinstance(links[-1], Relu):
+                links[-1].frame = link.frame
+                links.insert(len(links) - 1, link)  # in front of the rectifier: the same, and less to rectify
+            else:
+                links.append(link)
+            frame = link.frame
+    if not links or frame.extent is not None:
+        raise Refused("training step: the model must end with logits [batch, classes]; put a Flatten in front of its last layer")
+    return links
+
+
+def _layers(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, layer in model.named_children():
+        if type(layer) is nn.Sequential:
+            yield from _layers(layer, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", layer
+
+
+def _of_layer(name: str, layer: Any, frame: Frame, parameters: Parameters, grids: dict[str, list[Value]]) -> Iterator[Link]:
+    kind = type(layer)
+    if isinstance(layer, QuantLayer) and f"{name}.input" in grids:
+        yield Round(frame, grids[f"{name}.input"])
+    rounded = isinstance(layer, QuantLayer) and layer.weight_enabled
+    if kind is FakeQuantize:
+        yield from [Round(frame, grids[name])] if name in grids else []
+    elif kind in _POINTWISE:
+        yield _POINTWISE[kind](frame)
+    elif kind in _LINEAR:
+        _fits(name, layer, frame.extent is None and frame.channels == layer.in_features, frame)
+        yield Dense(name, layer, parameters, rounded=rounded)
+    elif kind is nn.LayerNorm:
+        _fits(name, layer, frame.extent is None and layer.normalized_shape == (frame.channels,), frame)
+        yield Normalise(name, 1, layer.eps, frame, parameters, weight=layer.weight is not None, bias=layer.bias is not None)
+    elif kind is nn.GroupNorm:
+        _fits(name, layer, layer.num_channels == frame.channels, frame)
+        yield Normalise(name, layer.num_groups, layer.eps, frame, parameters, weight=layer.affine, bias=layer.affine)
+    elif kind is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
+        yield Flatten(frame)
+    elif kind in (*_CONVOLUTIONS, *_LARGEST, *_AVERAGE):
+        known = frame.channels == getattr(layer, "in_channels", frame.channels)
+        _fits(name, layer, known and len(frame.extent or ()) == (1 if kind.__name__.endswith("1d") else 2), frame)
+        yield from _spatial(name, layer, frame, parameters, rounded=rounded)
+    elif not (kind is nn.Identity or (isinstance(layer, nn.Dropout) and layer.p == 0)):
+        raise refuse(name, layer, f"has no form for devices; known layers: {_KNOWN}")
+
+
+def _spatial(name: str, layer: Any, frame: Frame, parameters: Parameters, *, rounded: bool) -> Iterator[Link]:
+    try:
+        if type(layer) in _CONVOLUTIONS:
+            yield convolution(name, layer, frame, parameters, rounded=rounded)
+        else:
+            yield (Largest if type(layer) in _LARGEST else Average)(layer, frame)
+    except (RuntimeError, ValueError) as error:  # of windows that are larger than their input
+        raise refuse(name, layer, f"cannot process {frame.channels} channels of {list(frame.extent or ())}: {error}") from error
+
+
+def _fits(name: str, layer: nn.Module, fits: bool, frame: Frame) -> None:
+    if not fits:
+        shape = [frame.channels, *(frame.extent or ())]
+        raise refuse(name, layer, f"does not fit its input, which has shape {shape} for each example")
+
+
+def _accumulate(
+    nodes: Nodes, links: list[Link], inputs: dict[str, Value], targets: list[str], *, clips: bool
+) -> dict[str, Value]:  # fmt: skip
+    """The step itself; see `form`."""
+    mask = nodes.reshape(inputs["mask"], inputs["mask"].size, 1)
+    value = _entering(nodes, inputs["x"], links[0])
+    for link in links:
+        value = link.forward(nodes, value)
+    logarithms = nodes.unary("LogSoftmax", value, axis=1)
+    losses = nodes.binary("Mul", nodes.binary("Mul", logarithms, inputs["y"]), mask)
+    loss = nodes.unary("Neg", nodes.reshape(nodes.reduce("ReduceSum", losses, 0, 1)))
+    errors = nodes.binary("Sub", nodes.unary("Exp", logarithms), inputs["y"])
+    if not clips:
+        errors = nodes.binary("Mul", errors, mask)
+    parts: list[Part] = []
+    for i in range(len(links) - 1, -1, -1):
+        parts += links[i].parts(nodes, errors)
+        if len(parts) == len(targets):
+            break
+        errors = links[i].back(nodes, errors)
+    factors = _factors(nodes, parts, mask, inputs["clip"]) if clips else None
+    found = {part.target: part.total(nodes, factors) for part in parts}
+    gradient = nodes.concat([nodes.reshape(found[name], found[name].size) for name in targets], 0)
+    return {"gradient": gradient, "count": nodes.reshape(nodes.reduce("ReduceSum", mask, 0, 1)), "loss": loss}
+
+
+def _factors(nodes: Nodes, parts: list[Part], mask: Value, clip: Value) -> Value:
+    """mask * min(1, clip / norm) [n, 1]; a norm of zero makes the quotient infinite and the factor one."""
+    squares = [part.squared_norms(nodes) for part in parts]
+    norms = nodes.unary("Sqrt", nodes.write("Sum", squares, mask.shape)[0] if len(squares) > 1 else squares[0])
+    return nodes.binary("Mul", nodes.binary("Min", nodes.binary("Div", clip, norms), nodes.constant(1)), mask)
+
+
+def _entering(nodes: Nodes, x: Value, first: Link) -> Value:
+    """The inputs with pixels first, unless the first layer flattens them."""
+    batch, channels, *extent = (*x.shape, 1) if len(x.shape) == 2 else x.shape
+    if not extent or isinstance(first, Flatten) or len(x.shape) == 2:
+        return nodes.reshape(x, batch, x.size // batch)
+    return nodes.transpose(nodes.reshape(x, batch, channels, prod(extent)), 0, 2, 1)
+
+
+def _file(nodes: Nodes, form: StepForm, outputs: dict[str, Value]) -> bytes:
+    for name, value in outputs.items():
+        last = next(node for node in nodes.nodes if value.name in node.output)
+        last.output[list(last.output).index(value.name)] = name
+        for node in nodes.nodes:
+            node.input[:] = [name if given == value.name else given for given in node.input]
+    infos = [
+        [helper.make_tensor_value_info(name, nodes.kind, shape) for name, shape in side.items()]
+        for side in (form.inputs(), form.outputs())
+    ]
+    body = helper.make_graph(nodes.nodes, "accumulate", infos[0], infos[1], list(nodes.constants.values()))
+    proto = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="fedcore")
+    helper.set_model_props(proto, {FORM_KEY: form.to_json()})
+    return bytes(proto.SerializeToString(deterministic=True))

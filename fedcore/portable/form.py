@@ -82,7 +82,8 @@ class StepForm:
         try:
             found = json.loads(text)
             version = found.pop("version")
-            form = cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in found.items()})
+            fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
+            form = cls(**fields)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
             raise Refused("training step: its form is not readable") from error
         if version != _VERSION:

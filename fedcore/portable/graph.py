@@ -38,8 +38,8 @@ from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, 
 __all__ = ["step_form", "step_graph"]
 
 _KNOWN = (
-    "Linear, Conv1d, Conv2d and their quantized forms, ReLU, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, LayerNorm "
-    "over features, Flatten, FakeQuantize, Identity"
+    "Linear, Conv1d, Conv2d and their quantized forms, ReLU, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, "
+    "LayerNorm over features, Flatten, FakeQuantize, Identity"
 )
 _LINEAR, _CONVOLUTIONS = (nn.Linear, QuantLinear), (nn.Conv1d, QuantConv1d, nn.Conv2d, QuantConv2d)
 _LARGEST, _AVERAGE = (nn.MaxPool1d, nn.MaxPool2d), (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
@@ -71,7 +71,7 @@ def step_graph(
     nodes = Nodes(dtype)
     inputs = {name: Value(name, shape) for name, shape in form.inputs().items()}
     parameters = _parameters(nodes, model, inputs)
-    links = _links(nodes, model, input_shape, parameters, _grids(nodes, inputs, form.quantizers))
+    links = _links(model, input_shape, parameters, _grids(nodes, inputs, form.quantizers))
     classes = links[-1].frame.channels
     form = step_form(model, input_shape, classes, batch, clips=clips)
     inputs["y"] = Value("y", (batch, classes))
@@ -98,7 +98,7 @@ def _grids(nodes: Nodes, inputs: dict[str, Value], names: tuple[str, ...]) -> di
 
 
 def _links(
-    nodes: Nodes, model: nn.Module, input_shape: tuple[int, ...], parameters: Parameters, grids: dict[str, list[Value]]
+    model: nn.Module, input_shape: tuple[int, ...], parameters: Parameters, grids: dict[str, list[Value]]
 ) -> list[Link]:  # fmt: skip
     """The layers in a row, with the frames that they hand on."""
     if type(model) is not nn.Sequential:

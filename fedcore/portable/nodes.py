@@ -46,8 +46,8 @@ class Nodes:
             raise ValueError(f"operator {op} is not one of a training step's")
         number = len(self.nodes)
         outputs = [Value(f"v{number}" if len(shapes) == 1 else f"v{number}.{i}", shape) for i, shape in enumerate(shapes)]
-        names = [[value.name for value in side] for side in (inputs, outputs)]
-        self.nodes.append(helper.make_node(op, *names, **attributes))
+        given, made = ([value.name for value in side] for side in (inputs, outputs))
+        self.nodes.append(helper.make_node(op, given, made, **attributes))
         return outputs
 
     def constant(self, values: npt.ArrayLike, dtype: Any = None) -> Value:

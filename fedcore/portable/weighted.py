@@ -114,16 +114,28 @@ class Depthwise(_Windowed):
         n, channels = x.shape[0], self._before.channels
         self._kernel = nodes.reshape(nodes.transpose(self._weight(nodes), 1, 0), self._elements, 1, channels)
         self._seen = nodes.gather(x, np.ascontiguousarray(self._table.T))
-        y = nodes.reshape(nodes.binary("Mul", self._seen, self._kernel), n, self._elements, self.frame.pixels * channels)
+        y = self._times_kernel(nodes, self._seen)
         y = nodes.reshape(nodes.reduce("ReduceSum", y, 1), n, self.frame.pixels, channels)
         bias = self._bias()
         return nodes.binary("Add", y, bias) if bias else y
 
     def back(self, nodes: Nodes, errors: Value) -> Value:
         n, positions, channels = errors.shape
-        seen = nodes.binary("Mul", nodes.reshape(errors, n, 1, positions, channels), self._kernel)
-        seen = nodes.reshape(seen, n, self._elements * positions, channels)
-        return nodes.gather_sum(seen, inverse(np.ascontiguousarray(self._table.T), self._before.pixels))
+        table = np.ascontiguousarray(self._table.T)
+        if (inverse(table, self._before.pixels) < 0).any():  # a position of zeros, for pixels that fewer windows see than others
+            errors, table = nodes.zero_row(errors), np.pad(table, ((0, 0), (0, 1)), constant_values=-1)
+        sources = inverse(table, self._before.pixels)
+        seen = self._times_kernel(nodes, nodes.reshape(errors, n, 1, errors.shape[1], channels))
+        seen = nodes.reshape(seen, n, self._elements * errors.shape[1], channels)
+        return nodes.gather_sum(seen, np.where(sources < 0, positions, sources))
+
+    def _times_kernel(self, nodes: Nodes, x: Value) -> Value:
+        """``x`` [n, elements or 1, p, channels] times the kernel, as [n, elements, p x channels]: the kernel is written out for
+        every pixel first, since runtimes broadcast long rows many times faster than short ones."""
+        n, heads, pixels, channels = x.shape
+        kernel = nodes.gather(self._kernel, np.zeros(pixels, np.int64))
+        kernel = nodes.reshape(kernel, self._elements, pixels * channels)
+        return nodes.binary("Mul", nodes.reshape(x, n, heads, pixels * channels), kernel)
 
     def parts(self, nodes: Nodes, errors: Value) -> list[Part]:
         n, positions, channels = errors.shape

@@ -67,7 +67,8 @@ def simulate(
     console = new_console()
     with clear_errors(debug):
         from fedcore.config import load_config
-        from fedcore.coordinator.run import SimulatedRun, next_directory
+        from fedcore.coordinator.directory import next_directory
+        from fedcore.coordinator.run import SimulatedRun
         from fedcore.display import follow
 
         config = load_config(scenario, overrides or [])

@@ -22,24 +22,25 @@ from flwr.serverapp import Grid
 
 from fedcore.coordinator.assembly import Assembly, naming_the_model
 from fedcore.coordinator.budget import Budget
+from fedcore.coordinator.checkpoint import Origin, Progress, from_checkpoint, to_checkpoint
+from fedcore.coordinator.scores import by_client, tell_scores
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
-from fedcore.flower import Facts, Roster, decode_state, encode_state, facts_of, from_record, seed_strategies, to_nobody, to_record
+from fedcore.flower import Facts, Roster, facts_of, from_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
 from fedcore.secagg.sums import Summation
-from fedcore.state.sqlite import Checkpoint, RunStore
+from fedcore.state.sqlite import RunStore
 from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import evaluate, load_flat
 from fedcore.training.plan import LocalPlan
 
-__all__ = ["Coordinator", "DrawnGrid", "Progress"]
+__all__ = ["Coordinator", "DrawnGrid", "Metrics"]
 
 Floats = npt.NDArray[np.float32]
 Metrics = dict[str, Any]
 Result = TypeVar("Result")
-_PERCENTILES = (5, 25, 50, 75, 95)
 
 
 class DrawnGrid(Protocol):
@@ -63,18 +64,6 @@ class DrawnGrid(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Progress:
-    """What a commit holds beside the strategy's state: ``master`` [d] fp32, frozen activation ranges, and ``seen``: which
-    clients already hold the frozen parameters. ``clipping_norm`` is that of the next release."""
-
-    round_number: int
-    master: Floats
-    ranges: dict[str, ActivationRange]
-    seen: npt.NDArray[np.bool_]
-    clipping_norm: float = 0.0
-
-
 class Coordinator:
     """Runs the rounds of an assembled scenario over a grid; ``progress`` is the state after the last finished round.
 
@@ -84,7 +73,6 @@ class Coordinator:
     def __init__(self, assembly: Assembly, grid: DrawnGrid, store: RunStore, budget: Budget | None = None) -> None:
         self.assembly, self.config, self.strategy = assembly, assembly.config, assembly.strategy
         self.layout = assembly.layout
-        self.client_accuracies: Metrics | None = None
         self.observed: tuple[tuple[int, ...], Facts] = (), Facts()  # the last round's cohort, and what its grid saw of it
         self.ended = ""
         self._budget, self._client_unit = budget, assembly.protection.client
@@ -99,7 +87,7 @@ class Coordinator:
         frozen = layout_of(self._model, trainable=False)
         values = {name: p.detach().numpy() for name, p in self._model.named_parameters() if not p.requires_grad}
         self._frozen_bytes = len(encode_model(frozen.wire_tensors(frozen.join(values)))) if values else 0
-        self._origin = assembly.origin()
+        self._origin = Origin(assembly.origin(), assembly.root.fingerprint)
         self.progress = self._restore() or self._begin()
 
     def rounds(self) -> Iterator[Metrics]:
@@ -111,7 +99,8 @@ class Coordinator:
             BudgetSpent: not even the first round can be paid for.
         """
         uncommitted: list[Metrics] = []
-        while self.progress.round_number < self.config.run.rounds:
+        config = self.config
+        while self.progress.round_number < config.run.rounds:
             try:
                 progress, metrics = self._round(self.progress)
             except BudgetSpent as spent:
@@ -120,9 +109,10 @@ class Coordinator:
                 self.ended = str(spent)  # with [privacy] every round is committed: nothing is left to write
                 return
             uncommitted.append(metrics)
-            due = progress.round_number % self.config.checkpoint.every == 0 or progress.round_number == self.config.run.rounds
+            due = progress.round_number % config.checkpoint.every == 0 or progress.round_number == config.run.rounds
             if due:
-                self._commit(progress, uncommitted)
+                checkpoint = to_checkpoint(progress, self.strategy, self._origin)
+                self._store.commit(checkpoint, uncommitted, config.checkpoint.keep)
                 uncommitted = []
             self.progress = progress
             yield metrics
@@ -154,6 +144,8 @@ class Coordinator:
         evaluated = Facts()
         if config.evaluation.federated_every and (last or number % config.evaluation.federated_every == 0):
             federated, evaluated = self._evaluate_on_clients(new)  # which may lack clients, and costs no round
+            scores = by_client(evaluated, number, len(self.assembly.data.clients)) or progress.scores
+            new = dataclasses.replace(new, scores=scores)
         clock.lap("evaluate")
         # 5. Account for clients and traffic.
         seen, counted = self._count(progress.seen, release, trained, evaluated)
@@ -293,22 +285,7 @@ class Coordinator:
         found = self._metrics(
             "aggregate_evaluate", self._call("aggregate_evaluate", lambda: self.strategy.aggregate_evaluate(number, replies))
         )
-        if facts.histogram:  # all that a sum of scores tells
-            found |= {"clients": sum(facts.histogram), "histogram": list(facts.histogram)}
-            found |= {"secure": [dict(one) for one in facts.secure]} if facts.secure else {}
-            found["percentiles"] = dict(zip(map(str, _PERCENTILES), _quantiles(facts.histogram), strict=True))
-            return {"federated": found}, facts
-        accuracies = [accuracy for _, accuracy, _ in facts.accuracies]
-        found["clients"] = len(accuracies)
-        if accuracies:
-            values = np.percentile(accuracies, _PERCENTILES).tolist()
-            found["percentiles"] = dict(zip(map(str, _PERCENTILES), values, strict=True))
-            by_client = {client: (accuracy, examples) for client, accuracy, examples in facts.accuracies}
-            everyone = [by_client.get(client, (None, None)) for client in range(len(self.assembly.data.clients))]
-            self.client_accuracies = {
-                "round": number, "accuracy": [accuracy for accuracy, _ in everyone], "examples": [count for _, count in everyone],
-            }  # fmt: skip
-        return {"federated": found}, facts
+        return {"federated": found | tell_scores(facts)}, facts
 
     def _count(
         self, seen: npt.NDArray[np.bool_], release: Summation | None, trained: Facts, evaluated: Facts
@@ -353,40 +330,17 @@ class Coordinator:
         norm = self._client_unit.config.clipping_norm if self._client_unit else 0.0
         return Progress(0, self.layout.join(values), {}, np.zeros(len(self.assembly.data.clients), np.bool_), norm)
 
-    def _commit(self, progress: Progress, metrics: Sequence[Metrics]) -> None:
-        text, arrays = encode_state(self.strategy)
-        facts = {
-            "strategy": text,
-            "ranges": {name: [span.scale, span.zero_point] for name, span in progress.ranges.items()},
-            "clients": self.client_accuracies,
-            "origin": self._origin,
-            "clipping_norm": progress.clipping_norm,
-            "key": self.assembly.root.fingerprint,
-        }
-        held = {f"strategy/{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
-        self._store.commit(Checkpoint(progress.round_number, held, facts), metrics, self.config.checkpoint.keep)
-
     def _restore(self) -> Progress | None:
         checkpoint = self._store.latest()
         if checkpoint is None:
             return None
-        prefix = "strategy/"
-        arrays = {key.removeprefix(prefix): array for key, array in checkpoint.arrays.items() if key.startswith(prefix)}
-        self._call("load_state_dict", lambda: decode_state(self.strategy, checkpoint.facts["strategy"], arrays))
-        self.client_accuracies = checkpoint.facts["clients"]
-        master, seen = checkpoint.arrays["master"], checkpoint.arrays["seen"]
-        if master.size != self.layout.size or seen.size != len(self.assembly.data.clients):
-            raise Refused("--resume: the last commit is of another model or another number of clients than the scenario's")
-        for part, values in checkpoint.facts["origin"].items():
-            now = self._origin[part]
-            if len(now) != len(values) or not np.allclose(values, now, rtol=1e-3, atol=1e-4):
-                raise Refused(f"--resume: the {part} behind the run has changed since it began")
-        if checkpoint.facts.get("key", "") != self.assembly.root.fingerprint:
-            raise Refused("--resume: privacy.key holds another key than the one that the run began with")
-        ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
+        size, clients = self.layout.size, len(self.assembly.data.clients)
+        progress = self._call(
+            "load_state_dict", lambda: from_checkpoint(checkpoint, self.strategy, self._origin, size, clients)
+        )  # fmt: skip
         if self._budget:
-            self._budget.check_paid(checkpoint.round_number)
-        return Progress(checkpoint.round_number, master, ranges, seen, checkpoint.facts["clipping_norm"])
+            self._budget.check_paid(progress.round_number)
+        return progress
 
 
 @dataclass(frozen=True)
@@ -419,14 +373,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _quantiles(histogram: Sequence[int]) -> list[float]:
-    """The `_PERCENTILES` of values in [0, 1] of which only a histogram is known, as if evenly spread within a bin."""
-    ends = np.concatenate([[0], np.cumsum(histogram)]) / sum(histogram)
-    places = np.linspace(0, 1, len(histogram) + 1)
-    found: list[float] = np.interp([p / 100 for p in _PERCENTILES], ends, places).tolist()
-    return found
 
 
 def _record(task: RoundTask) -> ConfigRecord:

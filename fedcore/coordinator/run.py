@@ -14,14 +14,13 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fedcore import __version__
-from fedcore.config import RunConfig, load_config
+from fedcore.config import RunConfig
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
 from fedcore.coordinator.budget import Budget
-from fedcore.coordinator.directory import Claim, claim
+from fedcore.coordinator.directory import Claim, begun, claim, continued, write
 from fedcore.coordinator.key import read_key
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.secure import simulated_trust
@@ -32,16 +31,10 @@ from fedcore.grids.pool import available_workers
 from fedcore.grids.secure import SecureGrid
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.randomness import RootKey
-from fedcore.quantization.layers import set_activation_ranges
 from fedcore.state.ledger import open_ledger
 from fedcore.state.sqlite import RunStore
-from fedcore.training.evaluation import load_flat
 
-__all__ = ["FederatedRun", "RunGrid", "SimulatedRun", "next_directory"]
-
-# What may differ between a run and its continuation: nothing that a committed round depended on.
-_MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout", "attempts"}}
-
+__all__ = ["FederatedRun", "RunGrid", "SimulatedRun"]
 
 _OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
 _BLAMED = "blamed.json"  # enrolled clients that dealt false shares: a continued run does not ask them either
@@ -78,7 +71,7 @@ class FederatedRun:
 
     def __init__(self, config: RunConfig, directory: Path, connect: Callable[[Assembly], RunGrid], *, resume: bool) -> None:
         torch.set_num_threads(1)  # results must not depend on the number of cores; workers use the others
-        config = _continued(config, directory) if resume else _begun(config, directory)
+        config = continued(config, directory) if resume else begun(config, directory)
         file = config.key_file()
         key = read_key(file) if file else None
         self.directory = directory
@@ -88,7 +81,7 @@ class FederatedRun:
         with contextlib.ExitStack() as opened:
             if not resume:
                 opened.callback(self._give_up, claim(directory))
-                _write(directory / "config.toml", self.config.to_toml())
+                write(directory / "config.toml", self.config.to_toml())
             self.assembly = dataclasses.replace(self.assembly, keyed=self._root(key))
             self.grid = connect(self.assembly)
             opened.callback(self.grid.close)
@@ -105,10 +98,10 @@ class FederatedRun:
             self._check_continuation()
             if isinstance(self.grid, SecureGrid) and (directory / _BLAMED).exists():
                 self.grid.blamed.update(json.loads((directory / _BLAMED).read_text()))
-            _write(directory / "config.toml", self.config.to_toml())
-            _write(directory / "partition.json", json.dumps(_partition(self.assembly)))
+            write(directory / "config.toml", self.config.to_toml())
+            write(directory / "partition.json", json.dumps(_partition(self.assembly)))
             self._history = list(self._store.metrics())
-            _write(directory / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self._history))
+            write(directory / "metrics.jsonl", "".join(json.dumps(entry) + "\n" for entry in self._history))
             (directory / "result.json").unlink(missing_ok=True)
             self._opened = opened.pop_all()
 
@@ -116,7 +109,7 @@ class FederatedRun:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self._keep = kind is None or self._has_begun()
+        self._keep = kind is None or self._hasbegun()
         self._opened.close()
 
     def _root(self, key: bytes | None) -> RootKey | None:
@@ -128,7 +121,7 @@ class FederatedRun:
             return RootKey.of_seed(self.config.run.seed, _run_id(self.directory))
         return None
 
-    def _has_begun(self) -> bool:
+    def _hasbegun(self) -> bool:
         """Whether a round was finished, or paid for: that is never forgotten."""
         try:
             paid = any(charge.run == self._store.run_id for charge in self._ledger.charges()) if self._ledger else False
@@ -174,7 +167,7 @@ class FederatedRun:
             yield from self._recorded()
         finally:
             if isinstance(self.grid, SecureGrid) and self.grid.blamed:
-                _write(self.directory / _BLAMED, json.dumps(self.grid.blamed, indent=2) + "\n")
+                write(self.directory / _BLAMED, json.dumps(self.grid.blamed, indent=2) + "\n")
 
     def _recorded(self) -> Iterator[Metrics]:
         for metrics in self.coordinator.rounds():
@@ -183,8 +176,8 @@ class FederatedRun:
                 self._tell_operator(metrics["round"])
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
-            if self.coordinator.client_accuracies is not None and "federated" in metrics:
-                _write(self.directory / "clients.json", json.dumps(self.coordinator.client_accuracies))
+            if self.coordinator.progress.scores and "federated" in metrics:
+                write(self.directory / "clients.json", json.dumps(self.coordinator.progress.scores))
             yield metrics
 
     def _tell_operator(self, number: int) -> None:
@@ -197,12 +190,13 @@ class FederatedRun:
 
     def finish(self) -> dict[str, Any]:
         """Write the model, ``result.json`` and ``report.html``; returns the result."""
+        from fedcore.coordinator.model_files import write_model
         from fedcore.report.page import write_report
 
         last = self._history[-1]
         scores = last if "accuracy" in last else self.coordinator.evaluate(self.coordinator.progress)
         timings = [entry["timing"] for entry in self._history]
-        model_bytes, exported = self._export()
+        model_bytes, exported = write_model(self.directory / "model", self.assembly, self.coordinator.progress)
         result = {
             "rounds": last["round"],
             "accuracy": scores["accuracy"],
@@ -227,7 +221,7 @@ class FederatedRun:
             "seed": self.config.run.seed,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        _write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.directory)
         return result
 
@@ -258,60 +252,6 @@ class FederatedRun:
             sampled = protection.client is not None and 0 < protection.client.rate < 1
             found[unit] |= {"participations": None if sampled else spending.participations, "statement": words}
         return found
-
-    def _export(self) -> tuple[dict[str, int], dict[str, Any]]:
-        """Write ``model/``: the wire format and ONNX; the int8 accuracy is that of ONNX Runtime's integer kernels."""
-        from fedcore.export.onnx import integer_operators, onnx_logits, to_onnx
-        from fedcore.models import layout_of
-        from fedcore.quantization.wire import decode_model, encode_model
-
-        model, progress, dataset = self.assembly.model, self.coordinator.progress, self.assembly.data.dataset
-        load_flat(model, torch.from_numpy(progress.master))
-        layout = layout_of(model, trainable=None)
-        everything = layout.join({name: parameter.detach().numpy() for name, parameter in model.named_parameters()})
-        metadata = {
-            "name": self.config.run.name, "model": self.config.model.name, "round": str(progress.round_number),
-            "version": __version__, "labels": json.dumps(dataset.labels),
-            "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std),
-        }  # fmt: skip
-        blob = encode_model(layout.wire_tensors(everything), progress.ranges, metadata)
-        _write(self.directory / "model" / "model.fcm", blob)
-        sizes = {"fp32": 4 * layout.size, "int8" if self.config.quantization.enabled else "wire": len(blob)}
-        set_activation_ranges(model, progress.ranges)
-        received = decode_model(blob).tensors
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(torch.from_numpy(received[name]))
-        try:
-            onnx_file = to_onnx(model, dataset.train.x.shape[1:], metadata)
-            predicted = onnx_logits(onnx_file, dataset.test.x).argmax(1)
-            agreement = self._agreement(predicted)
-        except FedcoreError as error:
-            return sizes, {"int8_accuracy": None, "onnx": str(error)}
-        except Exception as error:  # noqa: BLE001 - an exporter that fails costs its own artefact, not the run
-            return sizes, {"int8_accuracy": None, "onnx": f"ONNX export failed: {type(error).__name__}: {error}"}
-        _write(self.directory / "model" / "model.onnx", onnx_file)
-        return sizes | {"onnx": len(onnx_file)}, {
-            "int8_accuracy": float((predicted == dataset.test.y).mean()) if self.config.quantization.enabled else None,
-            "agreement": agreement,
-            "operators": integer_operators(onnx_file),
-        }
-
-    def _agreement(self, predicted: npt.NDArray[np.int64]) -> float:
-        """Share of test examples that the exported file labels as the model it was made from.
-
-        Raises:
-            Refused: under 99.5 % (and more than one example): the file is not the model.
-        """
-        model, x = self.assembly.model.eval(), torch.from_numpy(self.assembly.data.dataset.test.x)
-        with torch.no_grad():
-            expected = torch.cat([model(part).argmax(1) for part in x.split(256)]).numpy()
-        different = int((predicted != expected).sum())
-        if different > max(1, 0.005 * len(expected)):
-            raise Refused(
-                f"ONNX export: the file labels {different} of {len(expected)} test examples otherwise than the model; not kept"
-            )
-        return 1 - different / len(expected)
 
 
 class SimulatedRun(FederatedRun):
@@ -350,61 +290,6 @@ def _worked(entry: Metrics) -> int:
     return int(entry["cohort"] if entry["replies"] is None else entry["replies"])
 
 
-def next_directory(root: Path, name: str) -> Path:
-    """The first unused ``root/name-NNN``."""
-    number = 1
-    while (root / f"{name}-{number:03d}").exists():
-        number += 1
-    return root / f"{name}-{number:03d}"
-
-
-def _begun(config: RunConfig, directory: Path) -> RunConfig:
-    if directory.exists() and not directory.is_dir():
-        raise Refused(f"--out {directory}: is a file; a run needs a directory")
-    if (directory / "config.toml").exists():
-        raise Refused(
-            f"--out {directory}: holds a run already; add --resume to continue it, delete it, or choose another directory"
-        )
-    if directory.exists() and any(directory.iterdir()):
-        raise Refused(f"--out {directory}: is not empty; a new run needs a directory of its own")
-    return config
-
-
-def _continued(config: RunConfig, directory: Path) -> RunConfig:
-    """The configuration of a continuation: the recorded one, with what may change taken from ``config``."""
-    if not (directory / "config.toml").exists():
-        raise Refused(f"--resume: {directory} holds no run")
-    if _size(directory / "metrics.jsonl") and not _size(directory / "state.sqlite"):
-        raise Refused(f"--resume: {directory} has finished rounds, but its state.sqlite that holds them is gone or empty")
-    recorded = load_config(directory / "config.toml")
-    ours, theirs = config.settings(), recorded.settings()
-    if ours.keys() != theirs.keys():
-        raise Refused(f"--resume: the run in {directory} protects other units of [privacy] than the scenario")
-    if ours["engine"]["name"] == "auto":
-        ours["engine"]["name"] = theirs["engine"]["name"]
-    if ours["engine"]["device"] == "auto":
-        ours["engine"]["device"] = theirs["engine"]["device"]
-    for section, keys in ours.items():
-        for key, value in keys.items():
-            if value != theirs[section][key] and key not in _MAY_CHANGE.get(section, ()):
-                raise Refused(
-                    f"--resume: {section}.{key} is {value!r}, the run in {directory} has {theirs[section][key]!r}; "
-                    "a continued run may change only the number of rounds, workers, timeout, attempts and checkpoints"
-                )
-    if any(one.target_epsilon for one in recorded.privacy) and config.run.rounds != recorded.run.rounds:
-        raise Refused(
-            f"--resume: run.rounds = {config.run.rounds}, but privacy.target_epsilon was solved for {recorded.run.rounds} rounds"
-        )
-    changed = {section: {key: ours[section][key] for key in keys} for section, keys in _MAY_CHANGE.items()}
-    for section, values in changed.items():
-        recorded = recorded.replace(section, **values)
-    return dataclasses.replace(recorded, folder=config.folder)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
 def _partition(assembly: Assembly) -> Mapping[str, Any]:
     data = assembly.data
     return {
@@ -416,10 +301,3 @@ def _partition(assembly: Assembly) -> Mapping[str, Any]:
         "seed": assembly.config.run.seed,
         "digest": data.digest(),
     }
-
-
-def _write(path: Path, content: str | bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)

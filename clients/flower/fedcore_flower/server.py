@@ -9,7 +9,8 @@ from flwr.serverapp import Grid, ServerApp
 from rich.console import Console
 
 from fedcore.coordinator.assembly import Assembly
-from fedcore.coordinator.run import FederatedRun, next_directory
+from fedcore.coordinator.directory import next_directory
+from fedcore.coordinator.run import FederatedRun
 from fedcore.coordinator.secure import trusted_committee
 from fedcore.coordinator.strategy import accepts_mean
 from fedcore.display import follow

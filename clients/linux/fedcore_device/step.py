@@ -1,0 +1,190 @@
+"""A received training step: what must hold of the file before it runs, and of every answer that it gives.
+
+The file is read before ONNX Runtime sees it. That it computes what its author says cannot be read from it: a graph of the same
+shape that returned raw examples would run just as well. Who may publish a step is decided by signatures, outside this module;
+here every answer is held against the clipping norm, which bounds what any graph can carry out of a step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedcore.errors import ClientFailure, Refused
+from fedcore.portable.form import FORM_KEY, IR_VERSION, OPERATORS, OPSET, SIZE_LIMIT, StepForm, range_values
+from fedcore.quantization.wire import ActivationRange
+from fedcore_device.onnx_file import FLOAT, StepFile, read_step_file
+
+__all__ = ["Accumulate", "Step", "read_step"]
+
+Floats = npt.NDArray[np.float32]
+_MOST_NODES = 20_000
+_SLACK = 1e-4  # relative rounding error that single precision is allowed in the norm of a sum
+
+
+@dataclass(frozen=True)
+class Step:
+    """A file that may be run: its bytes, their SHA-256 in hexadecimal digits, and the sizes of its inputs."""
+
+    data: bytes
+    sha256: str
+    form: StepForm
+
+
+def read_step(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step:
+    """Check a received file; ``sha256`` is the name that the plan gives it, ``limit`` the most bytes.
+
+    Raises:
+        Refused: too large, another hash, or anything in it that `fedcore.portable.form` does not describe.
+    """
+    if len(data) > limit:
+        raise Refused(f"training step: it has {len(data)} bytes, more than {limit}")
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 and found != sha256:
+        raise Refused(f"training step: its SHA-256 is {found}, the plan names {sha256}")
+    file = read_step_file(data)
+    if file.ir_version != IR_VERSION or file.opsets != (("", OPSET),):
+        raise Refused(f"training step: it must have IR version {IR_VERSION} and opset {OPSET} of the standard domain alone")
+    if set(file.properties) != {FORM_KEY}:
+        raise Refused(f"training step: it must have the property {FORM_KEY} and no other")
+    form = StepForm.from_json(file.properties[FORM_KEY])
+    for side, stated, given in (("inputs", form.inputs(), file.inputs), ("outputs", form.outputs(), file.outputs)):
+        if list(given.items()) != [(name, (FLOAT, shape)) for name, shape in stated.items()]:
+            raise Refused(f"training step: its {side} are not those that its form states")
+    _check_nodes(file)
+    return Step(data, found, form)
+
+
+def _check_nodes(file: StepFile) -> None:
+    """Known operators alone, each name written once, and before it is read."""
+    if len(file.nodes) > _MOST_NODES:
+        raise Refused(f"training step: it has {len(file.nodes)} operators, more than {_MOST_NODES}")
+    known = {*file.inputs, *file.constants}
+    if len(known) < len(file.inputs) + len(file.constants) or "" in known:
+        raise Refused("training step: two of its inputs and constants have one name")
+    for node in file.nodes:
+        if node.operator not in OPERATORS:
+            raise Refused(f"training step: operator {node.operator[:40]!r} is not one of a training step's")
+        if not known.issuperset(node.inputs):
+            raise Refused(f"training step: a {node.operator} reads what nothing before it has written")
+        if known.intersection(node.outputs) or len(set(node.outputs)) < len(node.outputs) or "" in node.outputs:
+            raise Refused(f"training step: a {node.operator} writes what is there already")
+        known.update(node.outputs)
+    if not known.issuperset(file.outputs):
+        raise Refused("training step: nothing writes its outputs")
+
+
+class Accumulate:
+    """A step in ONNX Runtime, for one round's frozen parameters [f] and activation ranges.
+
+    Raises:
+        Refused: ONNX Runtime cannot run the file, or what it needs is not given.
+    """
+
+    def __init__(
+        self, step: Step, *, frozen: Floats | None = None, ranges: Mapping[str, ActivationRange] | None = None, threads: int = 1
+    ) -> None:  # fmt: skip
+        self.step, form = step, step.form
+        self._session = _session(step, threads)
+        self._given: dict[str, npt.NDArray[Any]] = {
+            name: np.zeros(shape, np.float32) for name, shape in form.inputs().items() if name not in ("frozen", "ranges")
+        }
+        if form.frozen:
+            if frozen is None or frozen.shape != (form.frozen,) or not np.isfinite(frozen).all():
+                raise Refused(f"training step: it needs {form.frozen} finite frozen parameters")
+            self._given["frozen"] = np.ascontiguousarray(frozen, np.float32)
+        if form.quantizers:
+            self._given["ranges"] = range_values(ranges or {}, form.quantizers)
+        self._names = list(form.outputs())
+
+    def __call__(
+        self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], clip: float = math.inf
+    ) -> tuple[Floats, float]:  # fmt: skip
+        """Sum of the gradients [d] of the examples ``rows`` of x [n, ...] and labels [n], and of their losses.
+
+        With a finite ``clip`` every gradient is clipped to it, and an example whose gradient is not finite adds nothing, as in
+        `fedcore.training.dpsgd`. Any number of rows: they are taken in pieces of the step's batch.
+
+        Raises:
+            Refused: the step's answer cannot be one of a step that does what its form says.
+            ClientFailure: without clipping, a gradient that is not finite.
+        """
+        total, loss = np.zeros(0, np.float32), 0.0
+        for first in range(0, len(rows), self.step.form.batch):
+            piece = rows[first : first + self.step.form.batch]
+            gradient, own = self._piece(parameters, x, labels, piece, clip)
+            total, loss = (total + gradient if len(total) else gradient), loss + own
+        return (total if len(total) else np.zeros(self.step.form.parameters, np.float32)), loss
+
+    def probe(self, parameters: Floats, clip: float = math.inf) -> None:
+        """Run a full batch of zeros once: a step that fails on it is named before it sees an example.
+
+        Raises:
+            Refused: as in a call, or an answer that is not finite.
+        """
+        batch = self.step.form.batch
+        zeros = np.zeros((1, *self.step.form.input_shape), np.float32)
+        gradient, _, _ = self._run(parameters, zeros, np.zeros(1, np.int64), np.zeros(batch, np.int64), clip)
+        if gradient is None:
+            raise Refused(f"{self._name}: for inputs of zeros its answer is not finite")
+
+    @property
+    def _name(self) -> str:
+        return f"training step {self.step.sha256[:16]}"
+
+    def _piece(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats, float]:
+        gradient, _, loss = self._run(parameters, x, labels, rows, clip)
+        if gradient is not None:
+            return gradient, loss
+        if math.isinf(clip):
+            raise ClientFailure("training failed: a gradient is not finite")
+        if len(rows) == 1:
+            return np.zeros(self.step.form.parameters, np.float32), 0.0
+        found = [self._piece(parameters, x, labels, rows[i : i + 1], clip) for i in range(len(rows))]
+        return np.sum([gradient for gradient, _ in found], axis=0, dtype=np.float32), sum(loss for _, loss in found)
+
+    def _run(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats | None, float, float]:
+        """Gradient, count and loss; no gradient where it is not finite."""
+        given, used = self._given, len(rows)
+        given["parameters"], given["clip"] = parameters, np.asarray(clip, np.float32)
+        np.take(x, rows, axis=0, out=given["x"][:used], mode="clip")
+        given["x"][used:] = 0
+        given["y"][:] = 0
+        given["y"][np.arange(used), labels[rows]] = 1
+        given["mask"][:used], given["mask"][used:] = 1, 0
+        gradient, count, loss = self._answer()
+        norm = math.sqrt(float(np.dot(gradient, gradient)))
+        if count != used:
+            raise Refused(f"{self._name}: it counts {count:g} examples where there are {used}")
+        if norm > used * clip * (1 + _SLACK):
+            raise Refused(f"{self._name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}")
+        return (gradient if math.isfinite(norm) else None), count, loss
+
+    def _answer(self) -> tuple[Floats, float, float]:
+        try:
+            answer = self._session.run(self._names, self._given)
+        except Exception as error:  # ONNX Runtime has a tree of errors of its own
+            raise Refused(f"{self._name}: ONNX Runtime cannot run it ({type(error).__name__})") from error
+        shapes = self.step.form.outputs()
+        for name, value in zip(self._names, answer, strict=True):
+            if value.shape != shapes[name] or value.dtype != np.float32:
+                raise Refused(f"{self._name}: output {name} is {value.dtype} {list(value.shape)}, not as its form states")
+        return answer[0], float(answer[1]), float(answer[2])
+
+
+def _session(step: Step, threads: int) -> Any:
+    import onnxruntime  # an agent at rest does without it
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.log_severity_level = 4
+    try:
+        return onnxruntime.InferenceSession(step.data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime has a tree of errors of its own
+        raise Refused(f"training step {step.sha256[:16]}: ONNX Runtime cannot load it ({type(error).__name__})") from error

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["export", "inspect_file"]
 
 _INSPECTION_SECONDS, _INSPECTION_MEMORY = 120.0, 4 << 30
+_WORDS = 1000  # characters of a value that are shown
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts instead of a table.")]
 
@@ -57,6 +58,8 @@ def export(
                 return
         if directory is None:
             raise Refused("fedcore export needs the directory of a finished run")
+        if micro_python and not micro_python.is_file():
+            raise Refused(f"--micro-python {micro_python}: no such file")
         failed = _export(directory, _names(targets), _names(tiers), micro_python, as_json=as_json)
         if failed:
             raise typer.Exit(1)
@@ -67,18 +70,18 @@ def _export(directory: Path, targets: list[str], tiers: list[str], micro_python:
 
     from fedcore.config import load_config
     from fedcore.export.release import choose, release, to_json
-    from fedcore.export.source import load_run
+    from fedcore.export.source import load_run, require_finished
 
     torch.set_num_threads(1)
-    if not (directory / "config.toml").exists():
-        raise Refused(f"{directory}: holds no run")
+    require_finished(directory)
     plan = choose(load_config(directory / "config.toml").tiers, tiers, targets, micro_python)
-    source = load_run(directory, _run_id(directory))
-    console = new_console()
-    with _progress(console, quiet=as_json) as told:
-        rows = release(source, plan, directory / "export", told)
-    report = to_json(rows, plan, source)
-    _replace(directory / "export" / "export.json", report)
+    place, console = directory / "export" / "export.json", new_console()
+    with _held(directory) as run_id, _progress(console, quiet=as_json) as told:
+        source = load_run(directory, run_id)
+        place.unlink(missing_ok=True)  # an export that is killed leaves no table that speaks of other artefacts
+        rows = release(source, plan, place.parent, told)
+        report = to_json(rows, plan, source)
+        _replace(place, report)
     if as_json:
         print(report, end="")
     else:
@@ -86,7 +89,6 @@ def _export(directory: Path, targets: list[str], tiers: list[str], micro_python:
         for row in rows:
             if row.reason:
                 console.print(f"{row.tier} {row.target}: {row.reason}", highlight=False, soft_wrap=True)
-        place = directory / "export" / "export.json"
         words = f"fp32 master {source.accuracy:.4f}; measured on this host, {_threads(plan)}; {place}"
         console.print(words, highlight=False, soft_wrap=True)
     return any(row.gate == "fail" or (row.status == "missing" and row.target in targets) for row in rows)
@@ -116,18 +118,28 @@ def _print_contents(console: Console, held: dict[str, Any]) -> None:
     from fedcore.display import human_bytes
 
     table = Table(box=None, show_header=False, padding=(0, 1))
-    table.add_row("format", held["kind"])
-    table.add_row("size", human_bytes(held["size"]))
+
+    def add(name: object, value: object) -> None:
+        table.add_row(_shown(name), _shown(value))
+
+    add("format", held["kind"])
+    add("size", human_bytes(held["size"]))
     for side in ("inputs", "outputs"):
         for tensor in held[side]:
             grid = f", {tensor['scale']:.6g} * (value - {tensor['zero_point']})" if tensor["scale"] else ""
-            table.add_row(side[:-1], f"{tensor['name']} {tensor['kind']} {tensor['shape']}{grid}")
-    table.add_row("quantization", held["quantization"])
+            add(side[:-1], f"{tensor['name']} {tensor['kind']} {tensor['shape']}{grid}")
+    add("quantization", held["quantization"])
     operators = ", ".join(f"{count} {name}" for name, count in held["operators"].items())
-    table.add_row("operators", f"{operators} ({held['integer']} integer, {held['floating']} float)")
+    add("operators", f"{operators} ({held['integer']} integer, {held['floating']} float)")
     for key, value in held["metadata"].items():
-        table.add_row(key, value)
+        add(key, value)
     console.print(table, highlight=False)
+
+
+def _shown(value: object) -> str:
+    """Words of a file of unknown origin: without control characters, which a terminal obeys, and not without end."""
+    text = "".join(character if character.isprintable() else "?" for character in str(value)[:_WORDS])
+    return text + (" ..." if len(str(value)) > _WORDS else "")
 
 
 def _table(rows: list[Row]) -> Table:
@@ -162,12 +174,16 @@ def _threads(plan: Plan) -> str:
     return ", ".join(f"{count} thread{'s' if count > 1 else ''}" for count in sorted(counts))
 
 
-def _run_id(directory: Path) -> str:
+@contextlib.contextmanager
+def _held(directory: Path) -> Iterator[str]:
+    """The run's id, while nobody else resumes or exports the run."""
     from fedcore.state.sqlite import RunStore
 
     store = RunStore(directory)
-    store.close()
-    return store.run_id
+    try:
+        yield store.run_id
+    finally:
+        store.close()
 
 
 def _names(text: str) -> list[str]:

@@ -276,8 +276,8 @@ class TierConfig:
 
     targets: tuple[str, ...] = _key((), "runtimes to export for (fedcore export --help lists them); empty = all")
     prune: float = _key(0.0, "share of each layer's channels to remove before the rest is distilled", low=0, high=0.9)
-    epochs: int = _key(60, "epochs of distillation on the coordinator's calibration examples, after pruning", low=0)
-    weight_bits: int = _key(8, "bits of a weight: 8, or 4", low=4, high=8)
+    epochs: int = _key(60, "epochs of distillation on the coordinator's calibration examples, after pruning or for 4 bits", low=0)
+    weight_bits: int = _key(8, "bits of a weight: 8, or 4 (stored in four by litert, in convolutions by micro)", low=4, high=8)
     accuracy_loss: float = _key(0.5, "points of accuracy that may be lost against the fp32 master", low=0, high=100)
     bytes: int = _key(0, "size of the artefact; 0 = any", low=0)
     memory_bytes: int = _key(2_000_000_000, "memory of the process that runs it; 0 = any", low=0)

@@ -27,6 +27,7 @@ __all__ = ["Limits", "isolation", "run_job", "run_limited"]
 
 _POLL = 0.05  # seconds between looks at the child
 _WORDS = 300  # characters of a child's last line that are passed on
+_ANSWER = 16 << 20  # bytes of an answer: a hostile file is described in as many words as it likes
 _QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TF_CPP_MIN_LOG_LEVEL": "3",
     "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
@@ -68,6 +69,8 @@ def run_job(job: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         if problem:
             raise Refused(f"{job['task']} {problem}")
         try:
+            if answered.stat().st_size > _ANSWER:
+                raise Refused(f"{job['task']} answered with more than {_ANSWER >> 20} MB")
             answer: dict[str, Any] = json.loads(answered.read_text())
         except (OSError, ValueError) as error:
             raise Refused(f"{job['task']} left no answer") from error

@@ -1,39 +1,81 @@
-"""A smaller model for a tier: whole channels are removed, and the rest learns to answer as the model it came from."""
+"""A smaller model for a tier: whole channels are removed or weights have fewer bits, and what is left learns to answer as the
+model it came from."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib.util
+from collections.abc import Iterator
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parametrize
 
 from fedcore.errors import Refused
 from fedcore.export.source import quantized_afterwards
-from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLinear, calibrate
+from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, calibrate
+from fedcore.quantization.lower import narrow_rows
 
-__all__ = ["compress", "distill", "plain", "prune"]
+__all__ = ["compress", "distill", "narrow_weights", "plain", "prune"]
 
 _PLAIN: dict[type[nn.Module], type[nn.Module]] = {QuantLinear: nn.Linear, QuantConv1d: nn.Conv1d, QuantConv2d: nn.Conv2d}
 _BATCH, _RATE, _MOMENTUM, _TEMPERATURE = 32, 0.02, 0.9, 2.0
 
 
 def compress(
-    model: nn.Module, x: npt.NDArray[np.float32], *, share: float, classes: int, epochs: int, seed: int
+    model: nn.Module, x: npt.NDArray[np.float32], *, share: float, classes: int, epochs: int, seed: int, weight_bits: int = 8
 ) -> nn.Module:  # fmt: skip
-    """``model`` without ``share`` of its channels, fine-tuned quantization-aware on x [n, *shape] and calibrated on it.
+    """A copy of ``model`` without ``share`` of its channels, fine-tuned for weights of ``weight_bits`` on x [n, *shape] and
+    calibrated on it.
 
     Raises:
-        Refused: torch-pruning is missing, or cannot take channels out of this model.
+        Refused: torch-pruning is missing, or cannot take channels out of this model; no examples.
     """
+    if not len(x):
+        raise Refused("tiers: a smaller model is distilled on calibration examples: set data.calibration above 0")
     examples = torch.from_numpy(x)
-    student = quantized_afterwards(prune(plain(model), examples[:1], share=share, classes=classes), x)
-    distill(student, model, examples, epochs=epochs, seed=seed)
-    calibrate(student.eval(), examples.split(_BATCH))
+    if share:
+        student = quantized_afterwards(prune(plain(model), examples[:1], share=share, classes=classes), x)
+    else:
+        student = copy.deepcopy(model)
+    with narrow_weights(student, weight_bits) if weight_bits < 8 else contextlib.nullcontext():
+        distill(student, model, examples, epochs=epochs, seed=seed)
+        calibrate(student.eval(), examples.split(_BATCH))
     return student
+
+
+class _OnGrid(nn.Module):
+    """Weights [out, ...] on symmetric grids with one scale per row; the gradient passes as if nothing had been rounded (Bengio et
+    al. 2013, arXiv:1308.3432)."""
+
+    def __init__(self, bits: int) -> None:
+        super().__init__()
+        self._bits = bits
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """See the class."""
+        integers, scale = narrow_rows(weight.detach().numpy(), self._bits)
+        rounded = torch.from_numpy(integers * scale.reshape(-1, *[1] * (integers.ndim - 1)))
+        return weight + (rounded - weight).detach()
+
+
+@contextlib.contextmanager
+def narrow_weights(model: nn.Module, bits: int) -> Iterator[None]:
+    """Within this context the weights of ``model``'s quantized layers are used as integers of ``bits``."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLayer)]
+    for layer in layers:
+        parametrize.register_parametrization(layer, "weight", _OnGrid(bits))
+        layer.weight_enabled = False  # eight bits would not hold the narrower grid exactly
+    try:
+        yield
+    finally:
+        for layer in layers:
+            parametrize.remove_parametrizations(layer, "weight", leave_parametrized=False)
+            layer.weight_enabled = True
 
 
 def plain(model: nn.Module) -> nn.Module:

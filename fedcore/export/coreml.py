@@ -1,7 +1,7 @@
 """Core ML: an ML program with int8 weights per channel and int8 activations between quantize and dequantize operators.
 
-It is written here and run nowhere: Core ML exists on Apple's systems only. `describe` reads the specification back, and `weights`
-what a test compares with the integer model. Operators:
+It is written here and run nowhere: Core ML exists on Apple's systems only. What can be checked without it is: the package is read
+back, and its shapes and weights are compared with the integer model. Operators:
 https://apple.github.io/coremltools/source/coremltools.converters.mil.mil.ops.defs.html
 """
 
@@ -37,7 +37,11 @@ _DEQUANTIZE = "constexpr_affine_dequantize"
 
 
 def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
-    """Write ``folder/model.mlpackage``, for iOS 17 and later: the first with integer activations."""
+    """Write ``folder/model.mlpackage``, for iOS 17 and later: the first with integer activations.
+
+    Raises:
+        Refused: the package, read back, has other shapes or weights than the model.
+    """
     import coremltools as ct
     from coremltools.converters.mil import Builder as mb  # noqa: N813 - everyone's name for it
 
@@ -63,7 +67,22 @@ def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
     converted.user_defined_metadata.update(facts.texts())
     path = folder / _FILE
     converted.save(str(path))
+    _compare(path, model)
     return path
+
+
+def _compare(path: Path, model: IntegerModel) -> None:
+    description = _specification(path).description
+    shapes = [_tensor(side).shape for side in (*description.input, *description.output)]
+    if shapes != [(1, *model.input_shape), (1, model.classes)]:
+        raise Refused(f"export: the Core ML package has the shapes {shapes}")
+    wanted = [(weights.values, weights.scale) for weights in model.weights() if weights.scale is not None]
+    stored = stored_weights(path)
+    if len(wanted) != len(stored):
+        raise Refused(f"export: the Core ML package has {len(stored)} layers of integers where the model has {len(wanted)}")
+    for number, ((values, scale), (read, read_scale)) in enumerate(zip(wanted, stored, strict=True), 1):
+        if not (np.array_equal(read.reshape(-1), values.reshape(-1)) and np.array_equal(read_scale, scale)):
+            raise Refused(f"export: layer {number} of the Core ML package does not have the model's weights")
 
 
 def _step(mb: Any, step: Step, inputs: list[Any]) -> Any:

@@ -11,55 +11,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-import flatbuffers
 import numpy as np
 import numpy.typing as npt
 from ai_edge_litert import schema_py_generated as schema
 
 from fedcore.errors import Refused
 from fedcore.export.artefact import Contents, Facts, Logits, Tensor
-from fedcore.export.litert_metadata import append_labels, metadata_bytes
-from fedcore.quantization.integer import (
-    Convolution,
-    Dense,
-    Elementwise,
-    Flatten,
-    GroupNorm,
-    IntegerModel,
-    Pool,
-    Step,
-    Weights,
-)  # fmt: skip
-from fedcore.quantization.wire import ActivationRange
+from fedcore.export.litert_metadata import append_labels
+from fedcore.export.litert_writer import FACTS, IDENTIFIER, LiteRTWriter
+from fedcore.quantization.integer import IntegerModel
 
 __all__ = ["channels_last", "describe", "load", "write"]
 
-_FILE, _FACTS, _TASK_METADATA = "model.tflite", "fedcore", "TFLITE_METADATA"
+_FILE = "model.tflite"
 _OPS, _TYPES = schema.BuiltinOperator, schema.TensorType
-_KINDS = {
-    np.dtype(np.int8): _TYPES.INT8,
-    np.dtype(np.int32): _TYPES.INT32,
-    np.dtype(np.int64): _TYPES.INT64,
-    np.dtype(np.float32): _TYPES.FLOAT32,
-}
-_VERSIONS = {"CONV_2D": 3, "DEPTHWISE_CONV_2D": 3, "FULLY_CONNECTED": 12, "MAX_POOL_2D": 2, "AVERAGE_POOL_2D": 2, "ADD": 2,
-             "QUANTIZE": 2, "DEQUANTIZE": 3, "MEAN": 2, "PAD": 2, "PADV2": 2, "TRANSPOSE": 2}  # fmt: skip
 _ARITHMETIC = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN", "ADD", "SUB", "MUL", "RSQRT",
                "SQUARED_DIFFERENCE", "RELU", "TANH", "LOGISTIC")  # fmt: skip
-_HEADROOM = 1.5  # logits on the device may be larger than those of the representative examples
-_FLOATS = {"relu": "RELU", "tanh": "TANH", "sigmoid": "LOGISTIC", "add": "ADD"}
 
 Array = npt.NDArray[Any]
 
 
-def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
+def write(model: IntegerModel, folder: Path, facts: Facts, *, narrow_dense: bool = True) -> Path:
     """Write ``folder/model.tflite``; its input is int8 where the model begins on a grid. The last dense layer multiplies int16 by
     int8 (the runtime's 16x8 kernels): in eight bits the two largest logits of several in a hundred examples would be equal.
+    Weights whose integers fit four bits are stored in four, those of dense layers only with ``narrow_dense``.
 
     Raises:
         Refused: padding that the runtime's operators do not have; the line names the layer.
     """
-    writer = _Writer(model)
+    writer = LiteRTWriter(model, narrow_dense)
     for position, step in enumerate(model.steps, 1):
         writer.add(step, position)
     path = folder / _FILE
@@ -105,24 +85,34 @@ def channels_last(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def describe(path: Path) -> Contents:
     """What the file holds, read without running it."""
     data = path.read_bytes()
-    if data[4:8] != b"TFL3":
-        raise Refused(f"{path.name}: not a LiteRT model: its identifier is not TFL3")
+    if data[4:8] != IDENTIFIER:
+        raise Refused(f"{path.name}: not a LiteRT model: its identifier is not {IDENTIFIER.decode()}")
     model = schema.ModelT.InitFromPackedBuf(data, 0)
-    (graph,) = model.subgraphs
+    graph = model.subgraphs[0]  # the others are bodies of control flow
     names = {value: name for name, value in vars(_OPS).items() if not name.startswith("_")}
-    kinds = [names[model.operatorCodes[one.opcodeIndex].builtinCode] for one in graph.operators]
+    codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]  # older files have the second only
+    kinds = [names[codes[one.opcodeIndex]] for one in graph.operators]
     computing = [
         graph.tensors[one.inputs[0]].type for one, kind in zip(graph.operators, kinds, strict=True) if kind in _ARITHMETIC
     ]  # fmt: skip
     stored = {entry.name.decode(): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
-    texts = json.loads(stored[_FACTS]) if _FACTS in stored else {}
+    texts = json.loads(stored[FACTS]) if FACTS in stored else {}
     taken, given = (tuple(_tensor(graph.tensors[i]) for i in side) for side in (graph.inputs, graph.outputs))
     integers = computing.count(_TYPES.INT8) + computing.count(_TYPES.INT16)
     return Contents(
         "litert", len(data), taken, given, {kind: kinds.count(kind) for kind in sorted(set(kinds))}, integers,
-        computing.count(_TYPES.FLOAT32),
-        "int8 activations (int16 logits), int8 weights per channel" if _TYPES.INT8 in computing else "none", texts,
+        computing.count(_TYPES.FLOAT32), _quantization_words(model, graph, computing), texts,
     )  # fmt: skip
+
+
+def _quantization_words(model: Any, graph: Any, computing: list[int]) -> str:
+    """How activations and the constants that lie on a grid are stored."""
+    names = {value: name.lower() for name, value in vars(_TYPES).items() if not name.startswith("_")}
+    scaled = [tensor for tensor in graph.tensors if tensor.quantization is not None and tensor.quantization.scale is not None]
+    constants = [tensor.type for tensor in scaled if model.buffers[tensor.buffer].data is not None]
+    kinds = sorted({names[kind] for kind in computing if kind != _TYPES.FLOAT32})
+    stored = ", ".join(f"{constants.count(kind)} {names[kind]}" for kind in sorted(set(constants), key=names.__getitem__))
+    return f"{' and '.join(kinds)} inputs of operators, constants: {stored}" if kinds else "none"
 
 
 def _tensor(tensor: Any) -> Tensor:
@@ -131,327 +121,3 @@ def _tensor(tensor: Any) -> Tensor:
     scaled = quantization is not None and quantization.scale is not None and len(quantization.scale)
     scale, zero = (float(quantization.scale[0]), int(quantization.zeroPoint[0])) if scaled else (None, None)
     return Tensor(tensor.name.decode(), tuple(map(int, tensor.shape)), kinds[tensor.type], scale, zero)
-
-
-class _Buffer(schema.BufferT):  # type: ignore[misc]  # generated code without types
-    """A buffer at 16 bytes, as the schema asks: a microcontroller reads int32 in place."""
-
-    def Pack(self, builder: flatbuffers.Builder) -> int:  # noqa: N802 - of the generated code
-        """See the generated code."""
-        data = bytes(self.data or b"")
-        builder.StartVector(1, len(data), 16)
-        builder.head = builder.Head() - len(data)
-        builder.Bytes[builder.Head() : builder.Head() + len(data)] = data
-        vector = builder.EndVector()
-        schema.BufferStart(builder)
-        schema.BufferAddData(builder, vector)
-        return int(schema.BufferEnd(builder))
-
-
-class _Writer:
-    """Appends operators for the steps of an integer model. A value is the index of its tensor, always channels last."""
-
-    def __init__(self, model: IntegerModel) -> None:
-        self._model = model
-        self._tensors: list[Any] = []
-        self._buffers: list[Any] = [_Buffer()]
-        self._operators: list[Any] = []
-        self._codes: list[str] = []
-        self._grids: list[ActivationRange | None] = []
-        self._columns: dict[int, Array] = {}  # of flattened values: where each feature, channels last, stands channels first
-        first = model.steps[0]
-        taken = first.grid if _requantizes(first) and len(list(model.users(0))) == 1 else None
-        self._begins_on_grid = taken is not None
-        self._input = self._tensor("input", _last(model.input_shape, flat=True), taken)
-        given = self._input
-        if len(model.input_shape) == 2:
-            given = self._reshape("input.window", self._input, _last(model.input_shape))
-        self._values = [given]
-
-    def add(self, step: Step, position: int) -> None:
-        """Write one step; its result is put on the step's grid."""
-        inputs, operation = [self._values[place] for place in step.inputs], step.operation
-        if _requantizes(step):
-            skip = position == 1 and self._begins_on_grid
-            value = inputs[0] if skip else self._on_grid(step.name, inputs[0], step.grid)
-        elif isinstance(operation, Convolution | Dense):
-            value = self._weighted(step, operation, inputs[0])
-        elif isinstance(operation, Pool):
-            value = self._pool(step, operation, inputs[0])
-        elif isinstance(operation, Flatten):
-            value = self._flatten(step, position, inputs[0])
-        elif isinstance(operation, GroupNorm):
-            value = self._group_norm(step, operation, self._on_grid(step.name, inputs[0], None))
-        elif isinstance(operation, Elementwise) and operation.kind == "add" and step.grid and all(map(self._grid, inputs)):
-            value = self._operator("ADD", step.name, inputs, _last(step.shape), step.grid, schema.AddOptionsT())
-        else:
-            floats = [self._on_grid(step.name, value, None) for value in inputs]
-            options = schema.AddOptionsT() if len(floats) == 2 else None
-            value = self._operator(_FLOATS[operation.kind], step.name, floats, _last(step.shape), None, options)
-        self._values.append(self._on_grid(step.name, value, step.grid))
-
-    def finish(self, facts: Facts) -> bytes:
-        """The file, with the facts where task libraries and `describe` look for them."""
-        grid = self._grid(self._values[-1])
-        self._tensors[self._values[-1]].name = "logits"
-        graph = schema.SubGraphT()
-        graph.name, graph.tensors, graph.operators = "main", self._tensors, self._operators
-        graph.inputs, graph.outputs = [self._input], [self._values[-1]]
-        model = schema.ModelT()
-        model.version, model.description, model.subgraphs = 3, "fedcore", [graph]
-        model.operatorCodes = [_code(name) for name in self._codes]
-        model.metadata = [
-            self._entry(_TASK_METADATA, metadata_bytes(facts, self._model.input_shape, grid)),
-            self._entry(_FACTS, json.dumps(facts.texts()).encode()),
-        ]
-        model.buffers = self._buffers
-        builder = flatbuffers.Builder(1 << 16)
-        builder.Finish(model.Pack(builder), b"TFL3")
-        return bytes(builder.Output())
-
-    def _grid(self, value: int) -> ActivationRange | None:
-        return self._grids[value]
-
-    def _weighted(self, step: Step, operation: Convolution | Dense, x: int) -> int:
-        weights, relu = operation.weights, schema.ActivationFunctionType.RELU if operation.relu else 0
-        if not weights.integer:
-            raise Refused(f"export: layer {step.name} has no activation range: calibrate the model before it is exported")
-        grid, bias = step.grid, self._bias(step.name, weights)
-        if isinstance(operation, Dense) and step is self._model.steps[-1] and grid is None and self._model.logit_peak:
-            return self._head(step, operation, x)
-        if isinstance(operation, Dense):
-            values = weights.values[:, self._columns[x]] if x in self._columns else weights.values
-            dense = schema.FullyConnectedOptionsT()
-            dense.fusedActivationFunction = relu
-            operands = [x, self._weight(step.name, values, weights, 0), bias]
-            return self._weighted_result("FULLY_CONNECTED", step, operands, dense, grid)
-        lanes = 2 - len(operation.stride)
-        kernel = weights.values.reshape(*weights.values.shape[:2], *[1] * lanes, *weights.values.shape[2:])
-        stride, dilation, padding = ((*[usual] * lanes, *given) for usual, given in (
-            (1, operation.stride), (1, operation.dilation), (0, operation.padding)))  # fmt: skip
-        x, same = self._padded(
-            step, x, [(k - 1) * d + 1 for k, d in zip(kernel.shape[2:], dilation, strict=True)], stride, padding, 0
-        )
-        depthwise = operation.groups > 1 and kernel.shape[1] == 1
-        conv = schema.DepthwiseConv2DOptionsT() if depthwise else schema.Conv2DOptionsT()
-        conv.padding = schema.Padding.SAME if same else schema.Padding.VALID
-        (conv.strideH, conv.strideW), (conv.dilationHFactor, conv.dilationWFactor) = stride, dilation
-        conv.fusedActivationFunction = relu
-        if depthwise:
-            conv.depthMultiplier = len(kernel) // operation.groups
-            operands = [x, self._weight(step.name, np.moveaxis(kernel, 0, -1)[0][None], weights, 3), bias]
-            return self._weighted_result("DEPTHWISE_CONV_2D", step, operands, conv, grid)
-        operands = [x, self._weight(step.name, np.moveaxis(kernel, 1, -1), weights, 0), bias]
-        return self._weighted_result("CONV_2D", step, operands, conv, grid)
-
-    def _head(self, step: Step, operation: Dense, x: int) -> int:
-        """The layer of logits in 16x8: the input less its zero point and the logits are int16, the bias is int64."""
-        weights, grid = operation.weights, self._grid(x)
-        assert grid is not None
-        values = weights.values[:, self._columns[x]] if x in self._columns else weights.values
-        wide = self._wide(f"{step.name}.wide", tuple(self._tensors[x].shape), grid.scale)
-        self._append("QUANTIZE", [x], [wide], None)
-        bias = self._constant(f"{step.name}.bias", weights.bias.astype(np.int64), weights.accumulator_scale)
-        result = self._wide(f"{step.name}.logits", _last(step.shape), _HEADROOM * self._model.logit_peak / 32767)
-        dense = schema.FullyConnectedOptionsT()
-        dense.fusedActivationFunction = schema.ActivationFunctionType.RELU if operation.relu else 0
-        self._append("FULLY_CONNECTED", [wide, self._weight(step.name, values, weights, 0), bias], [result], dense)
-        logits = self._tensor(step.name, _last(step.shape), None)
-        self._append("DEQUANTIZE", [result], [logits], None)
-        return logits
-
-    def _wide(self, name: str, shape: tuple[int, ...], scale: float) -> int:
-        """An int16 tensor, symmetric as the runtime asks."""
-        index = self._tensor(name, shape, None)
-        tensor = self._tensors[index]
-        tensor.type, tensor.quantization = _TYPES.INT16, _quantization([scale], [0], 0)
-        return index
-
-    def _weighted_result(self, op: str, step: Step, operands: list[int], options: Any, grid: ActivationRange | None) -> int:
-        """A layer of integers gives integers: where float is asked for, it adds up floats that lie on the same grids."""
-        if grid is None:
-            operands = [self._on_grid(step.name, operands[0], None), *(self._dequantized(step.name, one) for one in operands[1:])]
-        return self._operator(op, step.name, operands, _last(step.shape), grid, options)
-
-    def _dequantized(self, name: str, constant: int) -> int:
-        tensor = self._tensors[constant]
-        shape = tuple(tensor.shape)
-        result = self._tensor(f"{name}.float", shape, None)
-        if tensor.type == _TYPES.INT8:
-            self._append("DEQUANTIZE", [constant], [result], None)
-            return result
-        integers = np.frombuffer(self._buffers[tensor.buffer].data, np.int32)
-        return self._constant(f"{name}.bias", (integers * np.asarray(tensor.quantization.scale, np.float32)).astype(np.float32))
-
-    def _weight(self, name: str, values: Array, weights: Weights, axis: int) -> int:
-        return self._constant(f"{name}.weight", values, weights.scale, axis)
-
-    def _bias(self, name: str, weights: Weights) -> int:
-        return self._constant(f"{name}.bias", weights.bias, weights.accumulator_scale, 0)
-
-    def _padded(
-        self, step: Step, x: int, spans: list[int], stride: tuple[int, ...], padding: tuple[int, ...], filler: float
-    ) -> tuple[int, bool]:  # fmt: skip
-        """``x`` with the padding that the operator cannot do itself, and whether it does it (``SAME``)."""
-        shape, out = self._tensors[x].shape[1:3], _last(step.shape)[1:3]
-        sides = list(zip(shape, out, spans, stride, padding, strict=True))
-        totals = [max((given - 1) * s + span - size, 0) for size, given, span, s, _ in sides]
-        if not any(totals):
-            return x, False
-        same = all(
-            given == -(-size // s) and total // 2 == p for (size, given, _, s, p), total in zip(sides, totals, strict=True)
-        )  # fmt: skip
-        if same:
-            return x, True
-        before, after = zip(*((p, max(total - p, 0)) for (*_, p), total in zip(sides, totals, strict=True)), strict=True)
-        pads = np.array([[0, 0], *zip(before, after, strict=True), [0, 0]], np.int32)
-        grid = self._grid(x)
-        padded = (1, *(size + b + a for size, b, a in zip(shape, before, after, strict=True)), self._tensors[x].shape[3])
-        constants = [self._constant(f"{step.name}.pads", pads)]
-        if filler:
-            worst = np.array([-128], np.int8) if grid else np.array([filler], np.float32)
-            constants.append(self._constant(f"{step.name}.filler", worst, *_scales(grid)))
-        return self._operator("PADV2" if filler else "PAD", step.name, [x, *constants], padded, grid, None), False
-
-    def _pool(self, step: Step, operation: Pool, x: int) -> int:
-        grid, lanes = self._grid(x), 2 - len(operation.kernel)
-        kernel, stride, padding = ((*[usual] * lanes, *given) for usual, given in (
-            (1, operation.kernel), (1, operation.stride), (0, operation.padding)))  # fmt: skip
-        if operation.kind == "average" and not any(padding) and tuple(self._tensors[x].shape[1:3]) == kernel:
-            axes, options = self._constant(f"{step.name}.axes", np.array([1, 2], np.int32)), schema.ReducerOptionsT()
-            options.keepDims = True
-            return self._operator("MEAN", step.name, [x, axes], _last(step.shape), step.grid if grid else None, options)
-        average = operation.kind == "average"
-        x, same = self._padded(step, x, list(kernel), stride, padding, 0 if average else -float(np.finfo(np.float32).max))
-        if average and any(padding) and same == operation.count_padding:
-            raise Refused(f"export: layer {step.name}: LiteRT has no such average over padding (count_include_pad)")
-        pool = schema.Pool2DOptionsT()
-        pool.padding = schema.Padding.SAME if same else schema.Padding.VALID
-        (pool.filterHeight, pool.filterWidth), (pool.strideH, pool.strideW) = kernel, stride
-        return self._operator("AVERAGE_POOL_2D" if average else "MAX_POOL_2D", step.name, [x], _last(step.shape), grid, pool)
-
-    def _flatten(self, step: Step, position: int, x: int) -> int:
-        shape = tuple(self._tensors[x].shape)
-        if len(shape) == 4 and shape[3] > 1 and shape[1] * shape[2] > 1:
-            users = list(self._model.users(position))
-            if users and all(isinstance(user.operation, Dense) for user in users) and self._grid(x) == step.grid:
-                result = self._reshape(step.name, x, (1, int(np.prod(shape))))
-                self._columns[result] = np.moveaxis(np.arange(np.prod(shape)).reshape(shape[3], *shape[1:3]), 0, -1).reshape(-1)
-                return result
-            order = self._constant(f"{step.name}.order", np.array([0, 3, 1, 2], np.int32))
-            x = self._operator("TRANSPOSE", step.name, [x, order], (1, shape[3], *shape[1:3]), self._grid(x), None)
-        return self._reshape(step.name, x, (1, int(np.prod(shape))))
-
-    def _group_norm(self, step: Step, operation: GroupNorm, x: int) -> int:
-        shape = _last(step.shape)
-        channels = shape[-1]
-        grouped = (1, int(np.prod(shape)) // channels, operation.groups, channels // operation.groups)
-        name, axes = step.name, self._constant(f"{step.name}.axes", np.array([1, 3], np.int32))
-        few = (1, 1, operation.groups, 1)
-
-        def operator(op: str, inputs: list[int], result: tuple[int, ...], options: Any = None) -> int:
-            return self._operator(op, name, inputs, result, None, options)
-
-        def mean(value: int) -> int:
-            options = schema.ReducerOptionsT()
-            options.keepDims = True
-            return operator("MEAN", [value, axes], few, options)
-
-        x = self._reshape(name, x, grouped)
-        centre = mean(x)
-        variance = mean(operator("SQUARED_DIFFERENCE", [x, centre], grouped, schema.SquaredDifferenceOptionsT()))
-        epsilon = self._constant(f"{name}.epsilon", np.array([operation.epsilon], np.float32))
-        inverse = operator("RSQRT", [operator("ADD", [variance, epsilon], few, schema.AddOptionsT())], few)
-        centred = operator("SUB", [x, centre], grouped, schema.SubOptionsT())
-        x = self._reshape(name, operator("MUL", [centred, inverse], grouped, schema.MulOptionsT()), shape)
-        for op, vector, options in (("MUL", operation.weight, schema.MulOptionsT()), ("ADD", operation.bias, schema.AddOptionsT())):
-            x = operator(op, [x, self._constant(f"{name}.{op}", vector)], shape, options)
-        return x
-
-    def _reshape(self, name: str, x: int, shape: tuple[int, ...]) -> int:
-        options = schema.ReshapeOptionsT()
-        options.newShape = list(shape)
-        target = self._constant(f"{name}.shape", np.array(shape, np.int32))
-        return self._operator("RESHAPE", name, [x, target], shape, self._grid(x), options)
-
-    def _on_grid(self, name: str, x: int, grid: ActivationRange | None) -> int:
-        if self._grid(x) == grid:
-            return x
-        result = self._tensor(f"{name}.grid", tuple(self._tensors[x].shape), grid)
-        self._append("QUANTIZE" if grid else "DEQUANTIZE", [x], [result], None)
-        return result
-
-    def _operator(
-        self, op: str, name: str, inputs: list[int], shape: tuple[int, ...], grid: ActivationRange | None, options: Any
-    ) -> int:  # fmt: skip
-        result = self._tensor(name, shape, grid)
-        self._append(op, inputs, [result], options)
-        return result
-
-    def _append(self, op: str, inputs: list[int], outputs: list[int], options: Any) -> None:
-        if op not in self._codes:
-            self._codes.append(op)
-        operator = schema.OperatorT()
-        operator.opcodeIndex, operator.inputs, operator.outputs = self._codes.index(op), inputs, outputs
-        if options is not None:
-            kind = type(options).__name__.removesuffix("T")
-            operator.builtinOptionsType, operator.builtinOptions = getattr(schema.BuiltinOptions, kind), options
-        self._operators.append(operator)
-
-    def _tensor(self, name: str, shape: tuple[int, ...], grid: ActivationRange | None) -> int:
-        tensor = schema.TensorT()
-        tensor.name, tensor.shape, tensor.buffer = f"{name}.{len(self._tensors)}" if self._tensors else name, list(shape), 0
-        tensor.type = _TYPES.INT8 if grid else _TYPES.FLOAT32
-        tensor.quantization = _quantization([grid.scale], [grid.zero_point], 0) if grid else None
-        self._tensors.append(tensor)
-        self._grids.append(grid)
-        return len(self._tensors) - 1
-
-    def _constant(self, name: str, values: Array, scale: Array | None = None, axis: int = 0) -> int:
-        index = self._tensor(name, tuple(values.shape), None)
-        tensor = self._tensors[index]
-        tensor.type, tensor.buffer = _KINDS[values.dtype], len(self._buffers)
-        tensor.quantization = None if scale is None else _quantization(list(scale), [0] * len(scale), axis)
-        self._buffers.append(_buffer(np.ascontiguousarray(values).tobytes()))
-        return index
-
-    def _entry(self, name: str, data: bytes) -> Any:
-        entry = schema.MetadataT()
-        entry.name, entry.buffer = name, len(self._buffers)
-        self._buffers.append(_buffer(data))
-        return entry
-
-
-def _requantizes(step: Step) -> bool:
-    return isinstance(step.operation, Elementwise) and step.operation.kind == "requantize"
-
-
-def _last(shape: tuple[int, ...], *, flat: bool = False) -> tuple[int, ...]:
-    """[channels, *space] of one example as [1, height, width, channels]; ``flat`` keeps windows [1, steps, channels]."""
-    if len(shape) == 1:
-        return (1, *shape)
-    space = shape[1:] if len(shape) == 3 or flat else (1, *shape[1:])
-    return (1, *space, shape[0])
-
-
-def _scales(grid: ActivationRange | None) -> tuple[Array | None, int]:
-    return (None if grid is None else np.array([grid.scale], np.float32)), 0
-
-
-def _quantization(scale: list[float], zero_point: list[int], axis: int) -> Any:
-    quantization = schema.QuantizationParametersT()
-    quantization.scale, quantization.zeroPoint, quantization.quantizedDimension = scale, zero_point, axis
-    return quantization
-
-
-def _buffer(data: bytes) -> _Buffer:
-    buffer = _Buffer()
-    buffer.data = data
-    return buffer
-
-
-def _code(name: str) -> Any:
-    code = schema.OperatorCodeT()
-    number = getattr(_OPS, name)
-    code.builtinCode, code.deprecatedBuiltinCode, code.version = number, min(number, 127), _VERSIONS.get(name, 1)
-    return code

@@ -5,6 +5,7 @@ The runtime cannot be installed beside the others; an interpreter that has ``tfl
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -37,10 +38,9 @@ class MicroRun:
 
 
 def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
-    """Write ``folder/model.tflite``, without the archive of labels behind it: flash is dear."""
-    from dataclasses import replace
-
-    return litert.write(model, folder, replace(facts, labels=()))
+    """Write ``folder/model.tflite``, without the archive of labels behind it: flash is dear. The runtime's dense layers take no
+    weights in four bits."""
+    return litert.write(model, folder, dataclasses.replace(facts, labels=()), narrow_dense=False)
 
 
 def write_source(model: Path, arena: int) -> Path:

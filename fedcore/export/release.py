@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import pickle  # hands the integer model to a child of ours, through a directory of our own
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from fedcore.config import TIERS, TierConfig
 from fedcore.errors import FedcoreError, Refused
 from fedcore.export.artefact import Facts
 from fedcore.export.child import Limits, run_job
-from fedcore.export.compress import compress
+from fedcore.export.compress import compress, narrow_weights
 from fedcore.export.gate import Measured, Row, agreement, judge, quantile
 from fedcore.export.source import Source
 from fedcore.export.targets import TARGETS, Target, missing_package
@@ -80,36 +82,31 @@ def tier_model(source: Source, tier: TierConfig) -> TierModel:
         Refused: it cannot be pruned, or holds an operator that the integer model does not have.
     """
     model, test = source.model, source.dataset.test
-    if tier.prune:
+    narrow = tier.weight_bits < 8
+    if tier.prune or narrow:
         model = compress(
             model, source.representative, share=tier.prune, classes=len(source.dataset.labels), epochs=tier.epochs,
-            seed=source.config.run.seed,
+            seed=source.config.run.seed, weight_bits=tier.weight_bits,
         )  # fmt: skip
     integers = lower(model, source.input_shape, weight_bits=tier.weight_bits)
-    if tier.weight_bits < 8:
-        with torch.no_grad():
-            for parameter, weights in zip(_weights(model), integers.weights(), strict=True):
-                parameter.copy_(torch.from_numpy(weights.real()[0]))
-    with torch.no_grad():
+    with torch.no_grad(), narrow_weights(model, tier.weight_bits) if narrow else contextlib.nullcontext():
         expected = torch.cat([model(part).argmax(1) for part in torch.from_numpy(test.x).split(256)]).numpy()
     accuracy = float((expected == test.y).mean())
     return TierModel(with_logit_peak(integers, source.representative), expected, accuracy)
 
 
-def _weights(model: torch.nn.Module) -> Iterable[torch.Tensor]:
-    from fedcore.quantization.layers import QuantLayer
-
-    return (module.weight for module in model.modules() if isinstance(module, QuantLayer))
-
-
 def release(source: Source, plan: Plan, folder: Path, told: Told = lambda _: None) -> list[Row]:
     """Export everything of the plan into ``folder/TIER/TARGET`` and judge it; ``told`` hears of each step.
 
-    A converter that is missing, fails, crashes or hangs costs its own row.
+    A converter that is missing, fails, crashes or hangs costs its own row. What an earlier export left in these folders is removed
+    first: an artefact of another model must not stand beside a row that says its target failed.
     """
     rows: list[Row] = []
     for tier, config in plan.tiers.items():
-        told(f"{tier}: compressing" if config.prune else f"{tier}: integer model")
+        for target in plan.targets[tier]:
+            if (folder / tier / target).exists():
+                shutil.rmtree(folder / tier / target)
+        told(f"{tier}: compressing" if config.prune or config.weight_bits < 8 else f"{tier}: integer model")
         try:
             model = tier_model(source, config)
         except Refused as error:
@@ -186,13 +183,14 @@ class _Tier:
             reason = "needs an environment of its own: fedcore export --setup-micro DIR, then --micro-python DIR/bin/python"
             return Row(target.name, self._name, "missing", reason=reason)
         folder = self._folder / target.name
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True)
         facts = dataclasses.replace(self._source.facts, tier=self._name)
         model = self._place / ("head.pickle" if target.float_head else "integer.pickle")
         job = {"task": "convert", "target": target.name, "model": str(model), "folder": str(folder), "facts": _plain(facts)}
         try:
             return Path(run_job(job, self._plan.limits)["path"])
         except FedcoreError as error:
+            shutil.rmtree(folder)  # half of an artefact is none
             return self._failed(target, error)
 
     def _measured(self, target: Target, path: Path, *, logits: bool) -> dict[str, Any]:
@@ -227,7 +225,7 @@ class _Tier:
         problems = list(judge(measured, self._config, target, promised))
         values = dataclasses.asdict(measured)
         reason = "; ".join(problems) or (
-            "" if target.runs else "its runtime does not exist on this system; specification and weights only"
+            "" if target.runs else "its runtime does not exist on this system; its shapes and weights are the integer model's"
         )
         return Row(
             target.name,

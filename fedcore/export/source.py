@@ -21,8 +21,9 @@ from fedcore.models import build_model
 from fedcore.quantization.layers import calibrate, make_quantization_aware, set_activation_ranges
 from fedcore.quantization.wire import decode_model
 
-__all__ = ["Source", "load_run", "quantized_afterwards"]
+__all__ = ["Source", "load_run", "quantized_afterwards", "require_finished"]
 
+_BLOB, _RESULT = Path("model/model.fcm"), "result.json"
 _CHUNK = 64
 
 
@@ -44,19 +45,28 @@ class Source:
         return tuple(self.dataset.test.x.shape[1:])
 
 
+def require_finished(directory: Path) -> None:
+    """Whether ``directory`` can be exported.
+
+    Raises:
+        Refused: it holds no run, or one that is not finished.
+    """
+    if not (directory / "config.toml").exists():
+        raise Refused(f"{directory}: holds no run")
+    if not (directory / _BLOB).exists() or not (directory / _RESULT).exists():
+        raise Refused(
+            f"{directory}: the run is not finished; continue it with: fedcore simulate SCENARIO.toml --out {directory} --resume"
+        )
+
+
 def load_run(directory: Path, run_id: str = "") -> Source:
     """The finished run in ``directory``. A model that was trained in float is quantized with the representative examples.
 
     Raises:
         Refused: no finished run, or its model is damaged or of another shape than the scenario's.
     """
-    blob, result = directory / "model" / "model.fcm", directory / "result.json"
-    if not (directory / "config.toml").exists():
-        raise Refused(f"{directory}: holds no run")
-    if not blob.exists() or not result.exists():
-        raise Refused(
-            f"{directory}: the run is not finished; continue it with: fedcore simulate SCENARIO.toml --out {directory} --resume"
-        )
+    require_finished(directory)
+    blob, result = directory / _BLOB, directory / _RESULT
     config = load_config(directory / "config.toml")
     dataset = load_dataset(config.data, config.folder, config.run.seed)
     dataset = normalised_by_test(dataset) if config.privacy else dataset

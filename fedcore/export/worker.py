@@ -5,11 +5,14 @@ Converters are imported here and nowhere else: they weigh up to a gigabyte, keep
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import dataclasses
 import importlib
 import json
 import pickle  # reads what the parent wrote a moment ago, in a directory of its own
 import resource
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -25,16 +28,24 @@ from fedcore.export.targets import TARGETS
 __all__ = ["main"]
 
 _WARM_UP = 10
+_SET_DEATH_SIGNAL = 1  # of prctl(2)
 
 
 def main(asked: Path, answered: Path) -> None:
     """Do the job and write the answer."""
+    _end_with_parent()
     job = json.loads(asked.read_text())
     try:
         answer = _JOBS[job["task"]](job)
     except FedcoreError as error:
         answer = {"refused": str(error)}
     answered.write_text(json.dumps(answer))
+
+
+def _end_with_parent() -> None:
+    """Where the system can: a parent that was killed ends nothing, and a converter would go on for minutes."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def _convert(job: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from fedcore.quantization.integer import (
 from fedcore.quantization.layers import FakeQuantize, QuantLayer
 from fedcore.quantization.wire import ActivationRange, quantize_rows
 
-__all__ = ["lower"]
+__all__ = ["lower", "narrow_rows"]
 
 _MOVING = (nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)
 _PASSING = (nn.Dropout, nn.Identity)
@@ -230,7 +230,7 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Conv
     bias = _numpy(layer.bias) if isinstance(layer.bias, nn.Parameter) else np.zeros(len(values), np.float32)
     weights = Weights(values, bias)
     if isinstance(layer, QuantLayer):
-        integers, scale = quantize_rows(values) if bits == 8 else _narrow_rows(values, 2 ** (bits - 1) - 1)
+        integers, scale = quantize_rows(values) if bits == 8 else narrow_rows(values, bits)
         weights = Weights(integers, bias, scale)
         if layer.input.frozen and grid:
             step = (np.float32(grid.scale) * scale).astype(np.float64)
@@ -242,8 +242,9 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Conv
     return Convolution(weights, tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
 
 
-def _narrow_rows(values: npt.NDArray[np.float32], largest: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Symmetric integers from -largest to largest, one scale per row of ``values`` [out, ...]."""
+def narrow_rows(values: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Symmetric integers of ``bits`` (for 4: from -7 to 7) and their scales, one per row of ``values`` [out, ...]."""
+    largest = 2 ** (bits - 1) - 1
     peak = np.maximum(np.abs(values.reshape(len(values), -1)).max(axis=1), np.finfo(np.float32).tiny * np.float32(largest))
     scale = (peak / np.float32(largest)).astype(np.float32)
     return np.rint(values / scale.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8), scale

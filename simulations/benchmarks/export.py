@@ -15,11 +15,12 @@ from typing import Any
 
 TARGETS = "onnx,litert,executorch,coreml,ncnn,mnn,micro"
 _ALL = ["training.batch_size=16", "training.momentum=0.9", "training.lr=0.02", "engine.workers=1", "evaluation.every=0"]
-_DIGITS = [*_ALL, "data.dataset=digits", "data.clients=10", "run.rounds=40", "quantization.calibrate_round=25", "training.epochs=3"]
-_FASHION = [*_ALL, "data.dataset=fashion-mnist", "data.clients=20", "data.partition=iid", "data.calibration=512", "run.rounds=20",
-            "quantization.calibrate_round=15", "cohort.size=5"]  # fmt: skip
-_WATCH = [*_ALL, "data.dataset=smartwatch", "data.partition=natural", "data.clients=0", "run.rounds=40",
-          "quantization.calibrate_round=25", "training.epochs=2"]  # fmt: skip
+_DIGITS = [*_ALL, "data.dataset=digits", "data.clients=10", "run.rounds=120", "quantization.calibrate_round=80",
+           "training.epochs=3"]  # fmt: skip
+_FASHION = [*_ALL, "data.dataset=fashion-mnist", "data.clients=20", "data.partition=iid", "data.calibration=512", "run.rounds=40",
+            "quantization.calibrate_round=25", "cohort.size=10"]  # fmt: skip
+_WATCH = [*_ALL, "data.dataset=smartwatch", "data.partition=natural", "data.clients=0", "run.rounds=80",
+          "quantization.calibrate_round=50", "training.epochs=2"]  # fmt: skip
 RUNS = {
     **{f"digits {model}": [*_DIGITS, f"model.name={model}"] for model in ("mlp", "cnn", "dscnn")},
     **{f"fashion-mnist {model}": [*_FASHION, f"model.name={model}"] for model in ("mlp", "cnn", "dscnn")},

@@ -1,6 +1,7 @@
 """fedcore export and inspect over a small finished run, through the command."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.coordinator.run import SimulatedRun
+from fedcore.errors import Refused
 from fedcore.export.targets import TARGETS, missing_package
 
 KEYS = ["target", "tier", "status", "bytes", "agreement", "accuracy", "accuracy_loss", "latency_ms", "p95_ms", "peak_bytes",
@@ -62,6 +64,91 @@ def test_a_missed_gate_is_exit_code_one_and_says_why(directory):
     assert "kiosk: writing onnx" in done.output
 
 
+def test_an_export_replaces_what_an_earlier_one_left(directory, monkeypatch):
+    from fedcore.export import release
+
+    done = fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx", "--json")
+    artefact = directory / "export" / "flagship" / "onnx" / "model.onnx"
+    first = artefact.read_bytes()
+    (artefact.parent / "left.txt").write_text("of another model")
+    assert fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx", "--json").exit_code == done.exit_code == 0
+    assert artefact.read_bytes() == first and not (artefact.parent / "left.txt").exists()
+    original = release.run_job
+
+    def failing(job, limits):
+        if job["task"] == "convert":
+            Path(job["folder"], "model.onnx").write_bytes(first[:100])
+            raise Refused("convert took longer than 300 s")
+        return original(job, limits)
+
+    monkeypatch.setattr(release, "run_job", failing)
+    done = fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx", "--json")
+    assert json.loads(done.output)["rows"][0]["status"] == "failed" and done.exit_code == 1
+    assert not artefact.exists()
+
+
+def test_an_export_that_is_killed_leaves_no_table(directory, monkeypatch):
+    from fedcore.export import release
+
+    table = directory / "export" / "export.json"
+    fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx")
+    assert table.exists()
+
+    def killed(job, limits):
+        raise SystemExit(137)
+
+    monkeypatch.setattr(release, "run_job", killed)
+    assert fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx").exit_code == 137
+    assert not table.exists()
+
+
+def test_one_export_of_a_run_at_a_time(directory):
+    from fedcore.state.sqlite import RunStore
+
+    store = RunStore(directory)
+    try:
+        done = fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx")
+    finally:
+        store.close()
+    assert done.exit_code == 1 and "another process" in done.output
+
+
+def test_a_directory_that_cannot_be_written_is_one_line(directory, tmp_path):
+    shutil.copytree(directory, tmp_path / "run", ignore=shutil.ignore_patterns("export"))
+    (tmp_path / "run" / "export").write_text("in the way")
+    done = fedcore("export", tmp_path / "run", "--tiers", "flagship", "--targets", "onnx")
+    assert done.exit_code == 1 and "Traceback" not in done.output
+    assert "export" in done.output and len(done.stderr.splitlines()) == 1
+
+
+def test_tiers_of_one_export_do_not_change_each_others_model(directory):
+    scenario = directory / "config.toml"
+    before = scenario.read_text()
+    scenario.write_text(before + "\n[tiers.narrow]\nweight_bits = 4\nepochs = 1\naccuracy_loss = 100.0\n")
+    try:
+        alone = json.loads(fedcore("export", directory, "--tiers", "flagship", "--targets", "onnx", "--json").output)["rows"]
+        both = json.loads(fedcore("export", directory, "--tiers", "narrow,flagship", "--targets", "onnx", "--json").output)["rows"]
+    finally:
+        scenario.write_text(before)
+    assert [row["tier"] for row in both] == ["narrow", "flagship"]
+    assert both[1]["accuracy"] == alone[0]["accuracy"] and both[1]["agreement"] == alone[0]["agreement"]
+    assert both[0]["agreement"] >= 0.99
+
+
+def test_words_of_a_file_do_not_command_the_terminal(tmp_path):
+    import torch
+
+    from fedcore.quantization.wire import ModelTensor, encode_model
+
+    path = tmp_path / "model.fcm"
+    words = {"name": "\x1b[2J\x1b]0;owned\x07", "labels": ["a"] * 2000}
+    path.write_bytes(encode_model([ModelTensor("w", torch.ones(2, 3).numpy(), "int8")], {}, words))
+    done = fedcore("inspect", path)
+    assert done.exit_code == 0
+    assert "\x1b" not in done.output and "?[2J?]0;owned?" in done.output
+    assert len(done.output) < 4000 and "..." in done.output
+
+
 def test_a_missing_runtime_says_how_to_get_it(directory, monkeypatch):
     monkeypatch.delenv("FEDCORE_MICRO_PYTHON", raising=False)
     done = fedcore("export", directory, "--tiers", "flagship", "--targets", "micro,onnx", "--json")
@@ -78,8 +165,6 @@ def test_a_converter_that_crashes_costs_its_own_row(directory, monkeypatch):
 
     def crashing(job, limits):
         if job["target"] == "litert":
-            from fedcore.errors import Refused
-
             raise Refused("convert was ended by signal 11")
         return original(job, limits)
 
@@ -104,6 +189,8 @@ def test_wrong_requests_are_one_line(directory, tmp_path):
     for arguments, words in (
         (("export", tmp_path), "holds no run"), (("export",), "directory"),
         (("export", directory, "--targets", "tflite"), "unknown tflite"),
+        (("export", directory, "--tiers", "watch"), "unknown watch; allowed: flagship, entry, wearable, kiosk"),
+        (("export", directory, "--micro-python", tmp_path / "none"), "no such file"),
         (("inspect", tmp_path / "x.onnx"), "does not exist"), (("inspect", tmp_path), "unknown kind"),
     ):  # fmt: skip
         done = fedcore(*arguments)
@@ -113,3 +200,4 @@ def test_wrong_requests_are_one_line(directory, tmp_path):
 def test_an_unfinished_run_is_refused(directory, tmp_path):
     (tmp_path / "config.toml").write_text((directory / "config.toml").read_text())
     assert "not finished" in fedcore("export", tmp_path).output
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]

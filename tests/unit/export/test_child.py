@@ -1,6 +1,9 @@
 import importlib
+import os
 import struct
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import onnx
@@ -57,6 +60,56 @@ def test_a_child_reaches_no_network(tmp_path):
     code = f"import os; os.chdir({str(tmp_path)!r}); {listing}; s = socket.socket(); s.settimeout(5); s.connect(('192.0.2.1', 80))"
     assert "unreachable" in (python(code, Limits(30), tmp_path) or "")
     assert (tmp_path / "seen").read_text() == "lo"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux, and its /proc")
+def test_a_child_ends_with_a_parent_that_is_killed(tmp_path):
+    """The child hangs in its job: it reads from a pipe into which nobody writes."""
+    pipe = tmp_path / "model.onnx"
+    os.mkfifo(pipe)
+    job = {"task": "describe", "kind": "onnx", "path": str(pipe)}
+    code = f"from fedcore.export.child import Limits, run_job; run_job({job!r}, Limits(60))"
+    with subprocess.Popen([sys.executable, "-c", code]) as parent:
+        writing = opened_by_reader(pipe)
+        (worker,) = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        assert b"fedcore.export.worker" in command(worker)
+        parent.kill()
+    end = time.monotonic() + 20
+    while command(worker) and time.monotonic() < end:
+        time.sleep(0.02)
+    os.close(writing)
+    assert not command(worker)
+
+
+def opened_by_reader(pipe: Path) -> int:
+    """The pipe, open for writing, as soon as somebody reads it."""
+    end = time.monotonic() + 60
+    while True:
+        try:
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+
+
+def command(process: str) -> bytes:
+    """The command line of a process; empty for one that has ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_an_answer_without_end_is_refused(tmp_path, monkeypatch):
+    from fedcore.export import child
+    from fedcore.quantization.wire import ModelTensor, encode_model
+
+    path = tmp_path / "model.fcm"
+    path.write_bytes(encode_model([ModelTensor("w", torch.ones(2, 3).numpy(), "int8")], {}, {"name": "x" * 5000}))
+    assert describe("fcm", path)["metadata"]["name"] == "x" * 5000
+    monkeypatch.setattr(child, "_ANSWER", 4000)
+    with pytest.raises(Refused, match="answered with more"):
+        describe("fcm", path)
 
 
 def exported(target: str, folder: Path) -> Path:

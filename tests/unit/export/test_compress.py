@@ -5,11 +5,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedcore.errors import Refused
-from fedcore.export.compress import compress, distill, plain
+from fedcore.export.compress import compress, distill, narrow_weights, plain
 from fedcore.export.source import quantized_afterwards
 from fedcore.models import ZOO
 from fedcore.quantization.integer import integer_logits
-from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware
+from fedcore.quantization.layers import QuantLayer, activation_ranges, calibrate, make_quantization_aware
 from fedcore.quantization.lower import lower
 
 
@@ -91,6 +91,43 @@ def test_a_plain_copy_computes_in_float(name):
     calibrate(quantized.eval(), [x])
     assert torch.equal(plain(quantized)(x), plainly(x))
     assert not torch.equal(quantized(x), plainly(x))
+
+
+def test_weights_learn_to_be_narrow():
+    torch.manual_seed(0)
+    x, _ = blobs()
+    network = ZOO["cnn"]((1, 8, 8), 4)
+    with torch.no_grad():
+        network[-1].weight *= 10  # answers that are neither sure nor all alike
+    teacher = quantized_afterwards(network, x.numpy())
+    before = [parameter.clone() for parameter in teacher.parameters()]
+    small = compress(teacher, x.numpy(), share=0, classes=4, epochs=10, seed=0, weight_bits=2)  # as narrow as it gets
+    assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), before, strict=True))
+    assert all(layer.weight_enabled for layer in small.modules() if isinstance(layer, QuantLayer))
+    fresh, _ = (part[128:] for part in blobs(400))
+    with torch.no_grad():
+        wanted = teacher(fresh).softmax(1)
+    given = [integer_logits(lower(one, (1, 8, 8), weight_bits=2), fresh.numpy()) for one in (teacher, small)]
+    apart = [float((torch.from_numpy(logits).softmax(1) - wanted).abs().mean()) for logits in given]
+    assert apart[1] < 0.5 * apart[0]
+
+
+def test_narrow_weights_simulate_what_the_integers_give(trained):
+    model, x, _ = trained
+    quantized = quantized_afterwards(model, x.numpy())
+    names = {name for name, _ in quantized.named_parameters()}
+    with torch.no_grad(), narrow_weights(quantized, 4):
+        expected = quantized(x).numpy()
+    integers = lower(quantized, (1, 8, 8), weight_bits=4)
+    # An activation that rounds the other way at a tie moves a logit; weights of eight bits would move them all.
+    assert np.abs(integer_logits(integers, x.numpy()) - expected).max() < 0.02 * np.abs(expected).max()
+    assert {name for name, _ in quantized.named_parameters()} == names
+
+
+def test_a_smaller_model_needs_examples(trained):
+    model, x, _ = trained
+    with pytest.raises(Refused, match=r"data\.calibration"):
+        compress(quantized_afterwards(model, x.numpy()), x[:0].numpy(), share=0, classes=4, epochs=1, seed=0, weight_bits=4)
 
 
 def test_weights_of_four_bits_take_fifteen_values(trained):

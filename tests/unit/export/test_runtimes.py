@@ -157,6 +157,39 @@ def test_an_average_that_litert_does_not_have_is_named(tmp_path):
         litert.write(model, tmp_path, FACTS)
 
 
+@pytest.mark.parametrize("name", ZOO)
+def test_weights_of_four_bits_are_stored_in_four(name, tmp_path):
+    litert = module_of("litert")
+    torch.manual_seed(0)
+    network = ZOO[name](SHAPES[name], 10)
+    eight, x = integers(network, SHAPES[name])
+    four = with_logit_peak(lower(network, SHAPES[name], weight_bits=4), x)
+    sizes = {}
+    for bits, model in ((8, with_logit_peak(eight, x)), (4, four)):
+        (tmp_path / str(bits)).mkdir()
+        path = litert.write(model, tmp_path / str(bits), Facts())
+        sizes[bits] = path.stat().st_size
+    saved = sum(weights.values.size - (weights.values.size + 1) // 2 for weights in four.weights())
+    assert abs(sizes[8] - sizes[4] - saved) <= 16 * len(four.steps) + 64  # buffers are aligned
+    found, expected = litert.load(path, 1)(x), integer_logits(four, x)
+    # The runtime's four-bit kernels have fixed-point factors: a step at a tie, in an untrained model with logits close together.
+    assert (found.argmax(1) == expected.argmax(1)).mean() >= 0.95
+    assert np.abs(found - expected).max() < 0.02 * np.ptp(expected)
+    held = litert.describe(path)
+    assert f"{len(list(four.weights()))} int4" in held.quantization and "int8" in held.quantization
+    assert held.integer >= four.integer_layers and held.floating == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 15])
+def test_two_integers_share_a_byte_the_first_in_its_low_half(size):
+    writer = pytest.importorskip("fedcore.export.litert_writer", reason="of the extra [export]")
+    values = np.random.default_rng(size).integers(-8, 8, size).astype(np.int8)
+    packed = writer._nibbles(values)
+    assert len(packed) == (size + 1) // 2
+    halves = [half for byte in packed for half in (byte & 15, byte >> 4)][:size]
+    assert [half - 16 if half > 7 else half for half in halves] == values.tolist()
+
+
 @pytest.mark.parametrize("name", ["imu_cnn", "cnn"])
 def test_images_of_one_row_stand_for_the_same_model(name):
     model, x = integers(ZOO[name](SHAPES[name], 10), SHAPES[name], 20)

@@ -1,5 +1,6 @@
 """Exporters whose packages take long to import, and the runtime with an environment of its own, each as an export runs them."""
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -32,19 +33,19 @@ LIMITS = Limits(300)
 TOLERANCE = 0.02  # a rounding that falls the other way at a tie is a step of 1/255 in one activation
 
 
-def integers(name: str) -> tuple[IntegerModel, np.ndarray]:
+def integers(name: str, bits: int = 8) -> tuple[IntegerModel, np.ndarray]:
     torch.manual_seed(0)
     network = make_quantization_aware(ZOO[name](SHAPES[name], 10)).eval()
     x = torch.randn(60, *SHAPES[name])
     calibrate(network, [x])
-    return with_logit_peak(lower(network, SHAPES[name]), x.numpy()), x.numpy()
+    return with_logit_peak(lower(network, SHAPES[name], weight_bits=bits), x.numpy()), x.numpy()
 
 
-def exported(target: str, name: str, folder: Path) -> tuple[Path, IntegerModel, np.ndarray]:
+def exported(target: str, name: str, folder: Path, bits: int = 8) -> tuple[Path, IntegerModel, np.ndarray]:
     missing = missing_package(TARGETS[target])
     if missing:
         pytest.skip(f"{missing} is of the extra [export], which is not installed")
-    model, x = integers(name)
+    model, x = integers(name, bits)
     (folder / "model.pickle").write_bytes(pickle.dumps(with_float_head(model) if TARGETS[target].float_head else model))
     np.save(folder / "x.npy", x)
     job = {"task": "convert", "target": target, "model": str(folder / "model.pickle"), "folder": str(folder), "facts": FACTS}
@@ -106,6 +107,21 @@ def test_core_ml_stores_the_integers_of_the_model(name, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_core_ml_package_that_holds_something_else_is_refused(tmp_path):
+    path, model, _ = exported("coreml", "cnn", tmp_path)
+    from fedcore.export.coreml import _compare
+
+    _compare(path, model)
+    dense = next(step for step in model.steps if step.name == "7")
+    dense.operation.weights.values[3, 5] ^= 1
+    with pytest.raises(Refused, match="layer 3 of the Core ML package"):
+        _compare(path, model)
+    dense.operation.weights.values[3, 5] ^= 1
+    with pytest.raises(Refused, match=r"has the shapes \[\(1, 1, 28, 28\)"):
+        _compare(path, dataclasses.replace(model, input_shape=(1, 28, 29)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["executorch", "coreml"])
 def test_a_damaged_file_is_one_clear_line(target, tmp_path):
     path, _, _ = exported(target, "cnn", tmp_path)
@@ -120,9 +136,10 @@ def test_a_damaged_file_is_one_clear_line(target, tmp_path):
 
 
 @pytest.mark.skipif(not MICRO, reason="FEDCORE_MICRO_PYTHON names no Python with tflite-micro")
+@pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize("name", SHAPES)
-def test_tensorflow_lite_micro_gives_the_interpreters_integers(name, tmp_path):
-    path, model, x = exported("micro", name, tmp_path)
+def test_tensorflow_lite_micro_gives_the_interpreters_integers(name, bits, tmp_path):
+    path, model, x = exported("micro", name, tmp_path, bits)
     found, answer = measured("micro", path, tmp_path)
     assert np.abs(found - integer_logits(model, x)).max() <= TOLERANCE * model.logit_peak
     assert 0 < answer["peak"] < 100_000

@@ -104,7 +104,7 @@ def _judge(model: nn.Module, step: _Step, rows: Array, losses: Array, mask: Arra
         limit = allowed * max(1.0, float(np.max(np.abs(expected))) / share)
         if not (np.isfinite(found).all() and differences.max() <= limit):
             place = _layer_of(model, ~(differences <= limit)) if np.isinf(clip) else "clipping"
-            raise _misses(model, place, f"differs by {np.nanmax(differences):.2g}", limit)
+            raise _misses(model, place, f"differs by {differences.max():.2g}", limit)
         if count != mask.sum():
             raise _misses(model, "count", f"is {count} for {mask.sum():.0f} examples", 0)
         if not abs(loss - total) <= allowed * max(1.0, total):

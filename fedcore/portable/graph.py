@@ -25,6 +25,7 @@ from fedcore.portable.links import (
     Normalise,
     Parameters,
     Relu,
+    Relu6,
     Round,
     Sigmoid,
     Tanh,
@@ -38,12 +39,12 @@ from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, 
 __all__ = ["step_form", "step_graph"]
 
 _KNOWN = (
-    "Linear, Conv1d, Conv2d and their quantized forms, ReLU, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, "
+    "Linear, Conv1d, Conv2d and their quantized forms, ReLU, ReLU6, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, "
     "LayerNorm over features, Flatten, FakeQuantize, Identity"
 )
 _LINEAR, _CONVOLUTIONS = (nn.Linear, QuantLinear), (nn.Conv1d, QuantConv1d, nn.Conv2d, QuantConv2d)
 _LARGEST, _AVERAGE = (nn.MaxPool1d, nn.MaxPool2d), (nn.AvgPool1d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d)
-_POINTWISE: dict[type[nn.Module], Any] = {nn.ReLU: Relu, nn.Tanh: Tanh, nn.Sigmoid: Sigmoid}
+_POINTWISE: dict[type[nn.Module], Any] = {nn.ReLU: Relu, nn.ReLU6: Relu6, nn.Tanh: Tanh, nn.Sigmoid: Sigmoid}
 
 
 def step_form(model: nn.Module, input_shape: tuple[int, ...], classes: int, batch: int, *, clips: bool) -> StepForm:
@@ -105,13 +106,14 @@ def _links(
         raise Refused(f"training step: the model is a {type(model).__name__}; only layers in a row (Sequential) can be exported")
     links: list[Link] = []
     layers = list(_layers(model))
-    used = [layer for _, layer in layers if any(True for _ in layer.parameters())]
+    owners: dict[int, str] = {}
     frame = Frame(input_shape[0], input_shape[1:] or None)
     if layers and type(layers[0][1]) is nn.Flatten:
         frame = Frame(prod(input_shape), None)
     for name, layer in layers:
-        if used.count(layer) > 1:
-            raise refuse(name, layer, "runs twice")
+        for parameter in layer.parameters():
+            if owners.setdefault(id(parameter), name) != name:
+                raise refuse(name, layer, f"has a parameter of layer {owners[id(parameter)]} too")
         for link in _of_layer(name, layer, frame, parameters, grids):
             if isinstance(link, Largest) and links and isinstance(links[-1], Relu):
                 links[-1].frame = link.frame
@@ -125,7 +127,8 @@ def _links(
 
 
 def _layers(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    for name, layer in model.named_children():
+    for name, layer in model._modules.items():  # named_children leaves out a layer that comes again
+        assert layer is not None
         if type(layer) is nn.Sequential:
             yield from _layers(layer, f"{prefix}{name}.")
         else:

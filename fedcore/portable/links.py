@@ -18,7 +18,7 @@ from fedcore.portable.nodes import Nodes, Value
 from fedcore.portable.parts import Part, Rows
 from fedcore.portable.windows import extent_of, inverse, pooling_matrix, pooling_table
 
-__all__ = ["Average", "Flatten", "Frame", "Largest", "Link", "Normalise", "Parameters", "Relu", "Round", "Sigmoid", "Tanh"]
+__all__ = ["Average", "Flatten", "Frame", "Largest", "Link", "Normalise", "Parameters", "Relu", "Relu6", "Round", "Sigmoid", "Tanh"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +81,22 @@ class Relu(_Pointwise):
 
     def back(self, nodes: Nodes, errors: Value) -> Value:
         return nodes.masked(errors, nodes.binary("Greater", self._output, nodes.constant(0)))
+
+
+class Relu6(_Pointwise):
+    """min(max(x, 0), 6); at both ends no gradient passes, as in torch."""
+
+    def forward(self, nodes: Nodes, x: Value) -> Value:
+        self._input = x
+        return self._between(nodes, nodes.dtype.type(0), nodes.dtype.type(6))
+
+    def back(self, nodes: Nodes, errors: Value) -> Value:
+        zero, six = nodes.dtype.type(0), nodes.dtype.type(6)
+        within = self._between(nodes, np.nextafter(zero, six), np.nextafter(six, zero))
+        return nodes.masked(errors, nodes.binary("Equal", self._input, within))
+
+    def _between(self, nodes: Nodes, low: Any, high: Any) -> Value:
+        return nodes.write("Clip", [self._input, nodes.constant(low), nodes.constant(high)], self._input.shape)[0]
 
 
 class Tanh(_Pointwise):

@@ -156,12 +156,10 @@ class EnrollReply(_message.Message):
     def __init__(self, trust: _Optional[bytes] = ..., enrolment: _Optional[bytes] = ..., server_time: _Optional[_Union[ServerTime, _Mapping]] = ...) -> None: ...
 
 class RenewBody(_message.Message):
-    __slots__ = ("enrolment", "possession")
+    __slots__ = ("enrolment",)
     ENROLMENT_FIELD_NUMBER: _ClassVar[int]
-    POSSESSION_FIELD_NUMBER: _ClassVar[int]
     enrolment: bytes
-    possession: bytes
-    def __init__(self, enrolment: _Optional[bytes] = ..., possession: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, enrolment: _Optional[bytes] = ...) -> None: ...
 
 class RenewReply(_message.Message):
     __slots__ = ("enrolment", "server_time")
@@ -424,3 +422,7 @@ class ReportReply(_message.Message):
     stop: bool
     reason: str
     def __init__(self, stop: _Optional[bool] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ForgetReply(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...

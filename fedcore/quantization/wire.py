@@ -24,8 +24,8 @@ import numpy.typing as npt
 from fedcore.errors import Refused
 
 __all__ = [
-    "BLOCK", "ActivationRange", "DecodedModel", "ModelTensor", "Update", "decode_model", "decode_update", "encode_model",
-    "encode_update", "quantize_rows", "update_length",
+    "BLOCK", "ActivationRange", "DecodedModel", "ModelTensor", "Section", "Update", "decode_model", "decode_update",
+    "encode_model", "encode_update", "model_sections", "quantize_rows", "update_length",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -66,6 +66,17 @@ class DecodedModel:
     tensors: dict[str, Floats]
     ranges: dict[str, ActivationRange] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Section:
+    """Where a tensor lies in an encoded model: ``length`` bytes at ``offset``, without padding."""
+
+    name: str
+    shape: tuple[int, ...]
+    encoding: str
+    offset: int
+    length: int
 
 
 @dataclass(frozen=True)
@@ -115,26 +126,48 @@ def decode_model(data: bytes) -> DecodedModel:
     Raises:
         Refused: not such a file, truncated, oversized, or a header that lies about its content.
     """
+    header, sections = _read_model(data)
+    try:
+        ranges = {name: _range(*span) for name, span in header["ranges"].items()}
+        metadata = dict(header["metadata"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Refused("damaged fedcore model: its header cannot be read") from error
+    tensors = {
+        one.name: _decode_tensor(data[one.offset : one.offset + one.length], one.shape, one.encoding) for one in sections
+    }  # fmt: skip
+    return DecodedModel(tensors, ranges, metadata)
+
+
+def model_sections(data: bytes) -> tuple[Section, ...]:
+    """Where the tensors of an encoded model lie; the first one's offset is the end of the header.
+
+    Raises:
+        Refused: as `decode_model`.
+    """
+    return _read_model(data)[1]
+
+
+def _read_model(data: bytes) -> tuple[Any, tuple[Section, ...]]:
+    """The header, and the sections that fill the rest to the last byte."""
     if len(data) < 8 or data[:4] != MAGIC_MODEL:
         raise Refused("not a fedcore model: it does not begin with FCM1")
     (length,) = struct.unpack_from("<I", data, 4)
     try:
         header = json.loads(data[8 : 8 + length])
         described = [(str(t["name"]), tuple(_size(s) for s in t["shape"]), str(t["encoding"])) for t in header["tensors"]]
-        ranges = {name: _range(*span) for name, span in header["ranges"].items()}
-        metadata = dict(header["metadata"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise Refused("damaged fedcore model: its header cannot be read") from error
-    tensors, offset = {}, 8 + length
+    sections: dict[str, Section] = {}
+    offset = 8 + length
     for name, shape, encoding in described:
         size = _encoded_length(shape, encoding, name)
-        if offset + size > len(data) or name in tensors:
+        if offset + size > len(data) or name in sections:
             raise Refused(f"damaged fedcore model: tensor {name} is cut off or listed twice")
-        tensors[name] = _decode_tensor(data[offset : offset + size], shape, encoding)
+        sections[name] = Section(name, shape, encoding, offset, size)
         offset += size + -size % 4
     if offset != len(data):
         raise Refused(f"damaged fedcore model: {len(data)} bytes where the header promises {offset}")
-    return DecodedModel(tensors, ranges, metadata)
+    return header, tuple(sections.values())
 
 
 def update_length(size: int, encoding: str) -> int:

@@ -1,0 +1,1 @@
+"""What pushes models back to devices: deltas, signed repository, staged rollout."""

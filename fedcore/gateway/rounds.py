@@ -1,0 +1,77 @@
+"""A round as the coordinator publishes it to the gateways: a `state.gateway.Round` with this document in it."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Self
+
+from fedcore.errors import Refused
+from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.fleet import Selection
+from fedcore.gateway.sums import UploadTerms
+
+__all__ = ["PRESENT", "REPORT", "Place", "RoundDocument"]
+
+PRESENT, REPORT = "present", "report"
+"""Kinds of notes in a round: who checked in for it (`fleet.Told`), and what devices reported."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a device of the cohort is given: a plan, by its place in the document, and the blob with its invitation, or none."""
+
+    plan: int
+    invitation: bytes = b""
+
+
+@dataclass(frozen=True)
+class RoundDocument:
+    """``until`` is when the present state ends (Unix seconds). While devices check in there is the selection, in secure rounds with
+    the visit (task, epoch, expiry); afterwards also signed plans (serialized), the cohort, and what an upload must be."""
+
+    selection: Selection
+    until: float
+    visit: tuple[str, int, int] | None = None
+    plans: tuple[bytes, ...] = ()
+    cohort: Mapping[int, Place] = field(default_factory=dict)
+    uploads: UploadTerms | None = None
+    reason: str = ""
+
+    def blobs(self, device: int) -> set[bytes]:
+        """Digests of what a device may fetch."""
+        place = self.cohort.get(device)
+        if place is None:
+            return set()
+        plan = pb.Plan.FromString(pb.SignedPlan.FromString(self.plans[place.plan]).plan)
+        return {blob.digest for blob in plan.blobs}
+
+    def encode(self) -> str:
+        """As JSON."""
+        return json.dumps({
+            "selection": self.selection.to_table(), "until": self.until, "visit": self.visit, "reason": self.reason,
+            "plans": [base64.b64encode(plan).decode() for plan in self.plans],
+            "cohort": {str(device): [place.plan, place.invitation.hex()] for device, place in self.cohort.items()},
+            "uploads": asdict(self.uploads) if self.uploads else None,
+        })  # fmt: skip
+
+    @classmethod
+    def decode(cls, text: str) -> Self:
+        """Inverse of `encode`.
+
+        Raises:
+            Refused: it is no such document.
+        """
+        try:
+            found = json.loads(text)
+            visit = found["visit"]
+            return cls(
+                Selection.from_table(found["selection"]), float(found["until"]), tuple(visit) if visit else None,
+                tuple(base64.b64decode(plan) for plan in found["plans"]),
+                {int(device): Place(plan, bytes.fromhex(blob)) for device, (plan, blob) in found["cohort"].items()},
+                UploadTerms(**found["uploads"]) if found["uploads"] else None, found["reason"],
+            )  # fmt: skip
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refused(f"a round's document cannot be read ({type(error).__name__})") from None

@@ -162,9 +162,11 @@ class Accumulate:
         norm = math.sqrt(float(np.dot(gradient, gradient)))
         if count != used:
             raise Refused(f"{self._name}: it counts {count:g} examples where there are {used}")
+        if not math.isfinite(norm):
+            return None, count, loss
         if norm > used * clip * (1 + _SLACK):
             raise Refused(f"{self._name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}")
-        return (gradient if math.isfinite(norm) else None), count, loss
+        return gradient, count, loss
 
     def _answer(self) -> tuple[Floats, float, float]:
         try:

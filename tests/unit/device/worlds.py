@@ -1,0 +1,36 @@
+"""Small models, their steps as a device receives them, and examples."""
+
+import functools
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedcore.models import ZOO
+from fedcore.portable.step import PortableStep, portable_step
+from fedcore.quantization.layers import calibrate, make_quantization_aware
+
+SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
+CLASSES = 4
+
+
+def network(name: str, quantized: bool = False) -> nn.Module:
+    torch.manual_seed(0)
+    model: nn.Module = ZOO[name](SHAPES[name], CLASSES)
+    if quantized:
+        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
+    return model
+
+
+@functools.cache
+def exported(name: str, batch: int = 4, unit: str = "", quantized: bool = False) -> PortableStep:
+    return portable_step(network(name, quantized), SHAPES[name], batch=batch, unit=unit)
+
+
+def start_of(model: nn.Module) -> np.ndarray:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad]).numpy().copy()
+
+
+def examples(name: str, size: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng([seed, size])
+    return rng.standard_normal((size, *SHAPES[name])).astype(np.float32), rng.integers(0, CLASSES, size)

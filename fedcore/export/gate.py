@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,10 +55,15 @@ class Row:
     reason: str = ""
 
 
-def judge(measured: Measured, tier: TierConfig, target: Target, integer_layers: int) -> Iterator[str]:
-    """Why the artefact fails its gate, one line each; nothing where it passes. ``integer_layers`` were promised in integers."""
+def judge(
+    measured: Measured, tier: TierConfig, target: Target, integer_layers: int, float_results: Sequence[str] = ()
+) -> Iterator[str]:  # fmt: skip
+    """Why the artefact fails its gate, one line each; nothing where it passes. ``integer_layers`` were promised in integers; those
+    named in ``float_results`` give floats for want of a range."""
     if target.integer and measured.integer_ops < integer_layers:
-        yield f"only {measured.integer_ops} integer operators for {integer_layers} layers of integers: the rest is float"
+        names = ", ".join(float_results)
+        why = f"no range of what layer {names} gives is known: put a FakeQuantize behind it" if names else "the rest is float"
+        yield f"only {measured.integer_ops} integer operators for {integer_layers} layers of integers: {why}"
     if measured.agreement is not None and measured.agreement < AGREEMENT:
         yield f"agreement {measured.agreement:.4f} is below {AGREEMENT}"
     if measured.accuracy_loss is not None and measured.accuracy_loss > tier.accuracy_loss:

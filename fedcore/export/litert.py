@@ -31,15 +31,18 @@ _ARITHMETIC = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "AVERAGE_POOL_
 Array = npt.NDArray[Any]
 
 
-def write(model: IntegerModel, folder: Path, facts: Facts, *, narrow_dense: bool = True) -> Path:
+def write(model: IntegerModel, folder: Path, facts: Facts, *, micro: bool = False) -> Path:
     """Write ``folder/model.tflite``; its input is int8 where the model begins on a grid. The last dense layer multiplies int16 by
     int8 (the runtime's 16x8 kernels): in eight bits the two largest logits of several in a hundred examples would be equal.
-    Weights whose integers fit four bits are stored in four, those of dense layers only with ``narrow_dense``.
+    Weights whose integers fit four bits are stored in four.
+
+    For ``micro`` the file is as TensorFlow Lite Micro's reference kernels need it: weights of dense layers in eight bits, float
+    weights where a layer calculates in float (they would dequantize all channels by the first's scale), see `fixed_point_bias`.
 
     Raises:
         Refused: padding that the runtime's operators do not have; the line names the layer.
     """
-    writer = LiteRTWriter(model, narrow_dense)
+    writer = LiteRTWriter(model, micro=micro)
     for position, step in enumerate(model.steps, 1):
         writer.add(step, position)
     path = folder / _FILE

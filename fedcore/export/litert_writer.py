@@ -26,7 +26,7 @@ from fedcore.quantization.integer import (
 )  # fmt: skip
 from fedcore.quantization.wire import ActivationRange
 
-__all__ = ["FACTS", "IDENTIFIER", "LiteRTWriter"]
+__all__ = ["FACTS", "IDENTIFIER", "LiteRTWriter", "fixed_point_bias"]
 
 FACTS, IDENTIFIER = "fedcore", b"TFL3"
 _SMALL = 7  # the largest integer of weights in four bits
@@ -64,8 +64,8 @@ class _Buffer(schema.BufferT):  # type: ignore[misc]  # generated code without t
 class LiteRTWriter:
     """Appends operators for the steps of an integer model. A value is the index of its tensor, always channels last."""
 
-    def __init__(self, model: IntegerModel, narrow_dense: bool) -> None:
-        self._model, self._narrow_dense = model, narrow_dense
+    def __init__(self, model: IntegerModel, *, micro: bool) -> None:
+        self._model, self._micro = model, micro
         self._tensors: list[Any] = []
         self._buffers: list[Any] = [_Buffer()]
         self._operators: list[Any] = []
@@ -129,15 +129,14 @@ class LiteRTWriter:
         weights, relu = operation.weights, schema.ActivationFunctionType.RELU if operation.relu else 0
         if not weights.integer:
             raise Refused(f"export: layer {step.name} has no activation range: calibrate the model before it is exported")
-        grid, bias = step.grid, self._bias(step.name, weights)
-        if isinstance(operation, Dense) and step is self._model.steps[-1] and grid is None and self._model.logit_peak:
+        if isinstance(operation, Dense) and step is self._model.steps[-1] and step.grid is None and self._model.logit_peak:
             return self._head(step, operation, x)
         if isinstance(operation, Dense):
             values = weights.values[:, self._columns[x]] if x in self._columns else weights.values
             dense = schema.FullyConnectedOptionsT()
             dense.fusedActivationFunction = relu
-            operands = [x, self._weight(step.name, values, weights, 0), bias]
-            return self._weighted_result("FULLY_CONNECTED", step, operands, dense, grid)
+            operands = self._operands(step, operation, x, values, 0)
+            return self._operator("FULLY_CONNECTED", step.name, operands, _last(step.shape), step.grid, dense)
         lanes = 2 - len(operation.stride)
         kernel = weights.values.reshape(*weights.values.shape[:2], *[1] * lanes, *weights.values.shape[2:])
         stride, dilation, padding = ((*[usual] * lanes, *given) for usual, given in (
@@ -152,10 +151,10 @@ class LiteRTWriter:
         conv.fusedActivationFunction = relu
         if depthwise:
             conv.depthMultiplier = len(kernel) // operation.groups
-            operands = [x, self._weight(step.name, np.moveaxis(kernel, 0, -1)[0][None], weights, 3), bias]
-            return self._weighted_result("DEPTHWISE_CONV_2D", step, operands, conv, grid)
-        operands = [x, self._weight(step.name, np.moveaxis(kernel, 1, -1), weights, 0), bias]
-        return self._weighted_result("CONV_2D", step, operands, conv, grid)
+        op = "DEPTHWISE_CONV_2D" if depthwise else "CONV_2D"
+        values, axis = (np.moveaxis(kernel[:, 0], 0, -1)[None], 3) if depthwise else (np.moveaxis(kernel, 1, -1), 0)
+        operands = self._operands(step, operation, x, values, axis)
+        return self._operator(op, step.name, operands, _last(step.shape), step.grid, conv)
 
     def _head(self, step: Step, operation: Dense, x: int) -> int:
         """The layer of logits in 16x8: the input less its zero point and the logits are int16, the bias is int64."""
@@ -180,31 +179,31 @@ class LiteRTWriter:
         tensor.type, tensor.quantization = _TYPES.INT16, _quantization([scale], [0], 0)
         return index
 
-    def _weighted_result(self, op: str, step: Step, operands: list[int], options: Any, grid: ActivationRange | None) -> int:
-        """A layer of integers gives integers: where float is asked for, it adds up floats that lie on the same grids."""
-        if grid is None:
-            operands = [self._on_grid(step.name, operands[0], None), *(self._dequantized(step.name, one) for one in operands[1:])]
-        return self._operator(op, step.name, operands, _last(step.shape), grid, options)
-
-    def _dequantized(self, name: str, constant: int) -> int:
-        tensor = self._tensors[constant]
-        shape = tuple(tensor.shape)
-        result = self._tensor(f"{name}.float", shape, None)
-        if tensor.type in (_TYPES.INT8, _TYPES.INT4):
-            self._append("DEQUANTIZE", [constant], [result], None)
-            return result
-        integers = np.frombuffer(self._buffers[tensor.buffer].data, np.int32)
-        return self._constant(f"{name}.bias", (integers * np.asarray(tensor.quantization.scale, np.float32)).astype(np.float32))
+    def _operands(self, step: Step, operation: Convolution | Dense, x: int, values: Array, axis: int) -> list[int]:
+        """Input, weights and bias of a layer: integers where its result lies on a grid, else floats on the same grids."""
+        weights, name = operation.weights, step.name
+        if step.grid is not None:
+            return [x, self._weight(name, values, weights, axis), self._bias(name, operation, step.grid)]
+        assert weights.scale is not None
+        x, bias = self._on_grid(name, x, None), self._constant(f"{name}.bias", weights.real()[1])
+        if self._micro:
+            scale = weights.scale.reshape([-1 if side == axis else 1 for side in range(values.ndim)])
+            return [x, self._constant(f"{name}.weight", values * scale), bias]
+        constant, weight = self._weight(name, values, weights, axis), self._tensor(f"{name}.float", tuple(values.shape), None)
+        self._append("DEQUANTIZE", [constant], [weight], None)
+        return [x, weight, bias]
 
     def _weight(self, name: str, values: Array, weights: Weights, axis: int) -> int:
         index = self._constant(f"{name}.weight", values, weights.scale, axis)
-        if (values.ndim > 2 or self._narrow_dense) and np.abs(values).max(initial=0) <= _SMALL:
+        if (values.ndim > 2 or not self._micro) and np.abs(values).max(initial=0) <= _SMALL:
             tensor = self._tensors[index]
             tensor.type, self._buffers[tensor.buffer].data = _TYPES.INT4, _nibbles(values)
         return index
 
-    def _bias(self, name: str, weights: Weights) -> int:
-        return self._constant(f"{name}.bias", weights.bias, weights.accumulator_scale, 0)
+    def _bias(self, name: str, operation: Convolution | Dense, grid: ActivationRange) -> int:
+        weights = operation.weights
+        values = fixed_point_bias(weights, grid) if self._micro and operation.relu else weights.bias
+        return self._constant(f"{name}.bias", values, weights.accumulator_scale, 0)
 
     def _padded(
         self, step: Step, x: int, spans: list[int], stride: tuple[int, ...], padding: tuple[int, ...], filler: float
@@ -337,6 +336,16 @@ class LiteRTWriter:
         entry.name, entry.buffer = name, len(self._buffers)
         self._buffers.append(_buffer(data))
         return entry
+
+
+def fixed_point_bias(weights: Weights, grid: ActivationRange) -> npt.NDArray[np.int32]:
+    """Biases of a rectified layer for kernels that round twice: the accumulator times a mantissa in [0.5, 1), then the quotient by
+    a power of two (TensorFlow Lite's reference kernels; gemmlowp, doc/quantization.md). The second rounds up what the first has
+    brought to a half: in the mean the result is too large by half a unit of the first, by which these biases are smaller."""
+    mantissa, exponent = np.frexp(weights.accumulator_scale.astype(np.float64) / grid.scale)
+    half = np.where(exponent < 0, 0.5 / mantissa, 0.0)
+    bias = np.rint(weights.real()[1] / weights.accumulator_scale.astype(np.float64) - half)
+    return np.clip(bias, -(2**31), 2**31 - 1).astype(np.int32)
 
 
 def _nibbles(values: Array) -> bytes:

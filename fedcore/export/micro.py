@@ -38,9 +38,8 @@ class MicroRun:
 
 
 def write(model: IntegerModel, folder: Path, facts: Facts) -> Path:
-    """Write ``folder/model.tflite``, without the archive of labels behind it: flash is dear. The runtime's dense layers take no
-    weights in four bits."""
-    return litert.write(model, folder, dataclasses.replace(facts, labels=()), narrow_dense=False)
+    """Write ``folder/model.tflite``, without the archive of labels behind it: flash is dear."""
+    return litert.write(model, folder, dataclasses.replace(facts, labels=()), micro=True)
 
 
 def write_source(model: Path, arena: int) -> Path:

@@ -222,7 +222,7 @@ class _Tier:
             peak_bytes=peak, **shares,
         )  # fmt: skip
         promised = self._model.integers.integer_layers - target.float_head
-        problems = list(judge(measured, self._config, target, promised))
+        problems = list(judge(measured, self._config, target, promised, self._model.integers.float_results))
         values = dataclasses.asdict(measured)
         reason = "; ".join(problems) or (
             "" if target.runs else "its runtime does not exist on this system; its shapes and weights are the integer model's"

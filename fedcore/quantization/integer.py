@@ -32,12 +32,14 @@ _BATCH = 64
 @dataclass(frozen=True, eq=False)
 class Weights:
     """Weights [out, in / groups, *kernel] (int8, or float32 where ``scale`` is None), bias [out] (int32, or float32 where
-    ``input_scale`` is None: the bias of an accumulator needs the scale of the input, too), scale float32 [out]."""
+    ``input_scale`` is None: the bias of an accumulator needs the scale of the input, too), scale float32 [out]. ``exact_bias`` is
+    an int32 bias before it was rounded, for runtimes that add it in float or round otherwise."""
 
     values: npt.NDArray[Any]
     bias: npt.NDArray[Any]
     scale: Floats | None = None
     input_scale: float | None = None
+    exact_bias: Floats | None = None
 
     @property
     def integer(self) -> bool:
@@ -52,11 +54,13 @@ class Weights:
         return np.float32(self.input_scale) * self.scale
 
     def real(self) -> tuple[Floats, Floats]:
-        """Weights and bias as the real numbers that they stand for."""
+        """Weights and bias as the real numbers that they stand for; the bias as it was before it was rounded, where known."""
         values, bias = self.values.astype(np.float32), self.bias.astype(np.float32)
         if self.scale is not None:
             values = values * self.scale.reshape(-1, *[1] * (values.ndim - 1))
-        if self.integer:
+        if self.exact_bias is not None:
+            bias = self.exact_bias
+        elif self.integer:
             bias = bias * self.accumulator_scale
         return values, bias
 
@@ -160,6 +164,13 @@ class IntegerModel:
     def integer_layers(self) -> int:
         """Layers with weights that add up integers."""
         return sum(weights.integer for weights in self.weights())
+
+    @property
+    def float_results(self) -> tuple[str, ...]:
+        """Names of the layers that add up integers and give floats, for want of a grid; the layer of logits aside."""
+        layers = ((step.name, step.operation.weights) for step in self.steps[:-1]
+                  if isinstance(step.operation, Convolution | Dense) and step.grid is None)  # fmt: skip
+        return tuple(name for name, weights in layers if weights.integer)
 
     def weights(self) -> Iterator[Weights]:
         """Weights of all convolutions and dense layers, in order."""

@@ -235,7 +235,7 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Conv
         if layer.input.frozen and grid:
             step = (np.float32(grid.scale) * scale).astype(np.float64)
             on_grid = np.clip(np.rint(bias / step), -(2**31), 2**31 - 1).astype(np.int32)
-            weights = Weights(integers, on_grid, scale, grid.scale)
+            weights = Weights(integers, on_grid, scale, grid.scale, bias)
     if isinstance(layer, nn.Linear):
         return Dense(weights)
     padding = tuple(int(side) for side in layer.padding)

@@ -61,6 +61,11 @@ def test_integers_are_demanded_only_where_they_are_promised():
     assert problems(target="ncnn", integer_ops=0)
 
 
+def test_a_layer_that_gives_floats_is_named_with_the_remedy():
+    (problem,) = judge(dataclasses.replace(GOOD, integer_ops=2), TIER, TARGETS["onnx"], 4, ("0", "7"))
+    assert "layer 0, 7" in problem and "FakeQuantize" in problem
+
+
 def test_an_arena_is_held_against_the_arena_of_the_tier():
     tier = dataclasses.replace(TIER, arena_bytes=9_000, memory_bytes=1)
     (problem,) = problems(target="micro", tier=tier)

@@ -12,9 +12,10 @@ from fedcore.errors import Refused
 from fedcore.export.artefact import Facts
 from fedcore.export.targets import TARGETS, missing_package
 from fedcore.models import ZOO
-from fedcore.quantization.integer import as_images, integer_logits, with_logit_peak
+from fedcore.quantization.integer import Weights, as_images, integer_logits, with_logit_peak
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware
 from fedcore.quantization.lower import lower
+from fedcore.quantization.wire import ActivationRange
 
 SHAPES = {"mlp": (1, 28, 28), "cnn": (1, 28, 28), "lenet": (1, 28, 28), "dscnn": (1, 28, 28), "imu_cnn": (6, 100)}
 QUICK = ("onnx", "litert", "ncnn", "mnn")
@@ -188,6 +189,61 @@ def test_two_integers_share_a_byte_the_first_in_its_low_half(size):
     assert len(packed) == (size + 1) // 2
     halves = [half for byte in packed for half in (byte & 15, byte >> 4)][:size]
     assert [half - 16 if half > 7 else half for half in halves] == values.tolist()
+
+
+def twice_rounded(accumulator: np.ndarray, factor: float) -> np.ndarray:
+    """TensorFlow Lite's MultiplyByQuantizedMultiplier: a saturating, rounding, doubling high product, then a rounding division."""
+    mantissa, exponent = np.frexp(factor)
+    fixed, shift = int(np.rint(mantissa * 2**31)), max(-int(exponent), 0)
+    product = accumulator.astype(object) * 2 ** max(int(exponent), 0) * fixed
+    high = np.array([(value + 2**30) >> 31 for value in product], np.int64)
+    away = np.where(high < 0, -1, 1)
+    return away * ((np.abs(high) + (1 << shift >> 1)) >> shift)
+
+
+@pytest.mark.parametrize("factor", [0.0063, 0.0117, 0.0156, 0.11, 0.37, 3.0])
+def test_biases_centre_the_error_of_rounding_twice(factor):
+    writer = pytest.importorskip("fedcore.export.litert_writer", reason="of the extra [export]")
+    scale, grid = np.full(2000, factor, np.float32), ActivationRange(1.0, -128)
+    accumulator = np.random.default_rng(0).integers(int(10 / factor), int(200 / factor), 2000)
+    exact = np.random.default_rng(1).uniform(-50, 50, 2000).astype(np.float32) * factor
+    weights = Weights(np.ones((2000, 1), np.int8), np.rint(exact / factor).astype(np.int32), scale, 1.0, exact)
+    real = accumulator * float(scale[0]) + exact
+    errors = [
+        (twice_rounded(accumulator + bias, float(scale[0])) - real).mean()
+        for bias in (weights.bias, writer.fixed_point_bias(weights, grid))
+    ]
+    chance = 4 * (1 / 12 + factor**2 / 12) ** 0.5 / 2000**0.5  # four standard deviations of a mean of rounding errors
+    assert abs(errors[1]) < chance
+    if factor == 0.37:  # one bit is shifted out, and half of the quotients are ties
+        assert errors[0] > 0.1
+
+
+class Smooth(nn.Module):
+    """Layers whose results are floats: no range of them is known."""
+
+    def __init__(self, *, with_ranges: bool):
+        super().__init__()
+        between = FakeQuantize if with_ranges else nn.Identity
+        self.layers = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), between(), nn.Tanh(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 16), between(),
+            nn.Sigmoid(), nn.Linear(16, 10),
+        )  # fmt: skip
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+@pytest.mark.parametrize("with_ranges", [False, True])
+def test_layers_before_a_smooth_activation_are_integers_where_a_range_is_known(with_ranges, tmp_path):
+    onnx = module_of("onnx")
+    model, x = integers(Smooth(with_ranges=with_ranges), (1, 8, 8))
+    assert model.float_results == (() if with_ranges else ("layers.0", "layers.5"))
+    path = onnx.write(model, tmp_path, FACTS)
+    assert (onnx.describe(path).integer >= model.integer_layers) == with_ranges
+    assert (
+        np.abs(onnx.load(path, 1)(x) - integer_logits(model, x)).max() < 0.05 * model.steps[-1].operation.weights.scale.max() * 127
+    )
 
 
 @pytest.mark.parametrize("name", ["imu_cnn", "cnn"])

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fedcore.errors import Refused
+from fedcore.export.artefact import Facts
 from fedcore.export.child import Limits, run_job
 from fedcore.export.targets import TARGETS, missing_package
 from fedcore.models import ZOO
@@ -146,3 +148,19 @@ def test_tensorflow_lite_micro_gives_the_interpreters_integers(name, bits, tmp_p
     source = (tmp_path / "model.cc").read_text()
     assert f"fedcore_model_bytes = {path.stat().st_size};" in source
     assert answer["contents"]["integer"] >= model.integer_layers
+
+
+@pytest.mark.skipif(not MICRO, reason="FEDCORE_MICRO_PYTHON names no Python with tflite-micro")
+def test_tensorflow_lite_micro_calculates_float_layers_with_the_scale_of_each_channel(tmp_path):
+    from fedcore.export import micro
+
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Tanh(), nn.Flatten(), nn.Linear(8 * 36, 16), nn.Sigmoid(), nn.Linear(16, 10))
+    with torch.no_grad():
+        network[0].weight *= torch.logspace(-1, 1, 8).reshape(8, 1, 1, 1)
+    x = torch.randn(60, 1, 8, 8)
+    calibrate(make_quantization_aware(network).eval(), [x])
+    model = with_logit_peak(lower(network, (1, 8, 8)), x.numpy())
+    path = micro.write(model, tmp_path, Facts())
+    found = micro.run(path, x.numpy(), Path(MICRO)).logits
+    assert np.abs(found - integer_logits(model, x.numpy())).max() <= TOLERANCE * model.logit_peak

@@ -95,33 +95,35 @@ class Blobs:
         """Forget a blob."""
         (self._blobs / digest.hex()).unlink(missing_ok=True)
 
-    def staged(self, name: str) -> int:
-        """Bytes of an upload, by any name that is a file's, that are there."""
-        try:
-            return (self._staged / name).stat().st_size
-        except OSError:
-            return 0
-
-    def stage(self, name: str, offset: int, data: bytes) -> int:
-        """Append to an upload, where ``offset`` is its end; bytes that are there now.
+    def stage(self, name: str, digest: bytes, offset: int, data: bytes) -> int:
+        """Append to the one upload of this name, where ``offset`` is its end; bytes that are there now. One of another digest (32
+        bytes, kept at the start of the file) gives way.
 
         Raises:
             TryAgain: the disk is full or cannot be written.
         """
+        path = self._staged / name
         try:
-            with (self._staged / name).open("ab") as file:
-                if file.tell() == offset:
+            with path.open("ab+") as file:
+                file.seek(0)
+                if file.read(len(digest)) != digest:
+                    file.truncate(0)
+                    file.write(digest)
+                    file.flush()
+                file.seek(0, os.SEEK_END)
+                if file.tell() == len(digest) + offset:
                     file.write(data)
-                return file.tell()
+                return file.tell() - len(digest)
         except OSError as error:
             raise TryAgain(f"{self._staged} cannot be written ({error.strerror})") from error
 
-    def take_staged(self, name: str) -> bytes:
-        """All of an upload that is there."""
+    def take_staged(self, name: str, digest: bytes) -> bytes:
+        """All that is there of an upload of this name and digest."""
         try:
-            return (self._staged / name).read_bytes()
+            data = (self._staged / name).read_bytes()
         except OSError:
             return b""
+        return data[len(digest) :] if data.startswith(digest) else b""
 
     def discard_staged(self, name: str) -> None:
         """Forget an upload."""

@@ -44,7 +44,7 @@ def wait(period: float, uniform: npt.ArrayLike) -> Times:
 def first_wait(period: float, uniform: npt.ArrayLike, other: npt.ArrayLike) -> Times:
     """Eligible seconds until the second check-in of a new device, for two draws each: what is left of a `wait` met at random.
 
-    That wait has a density in proportion to its length L on [1/2, 3/2] periods, L = sqrt(1/4 + 2 u), of which a uniform share is left.
+    The length of that wait has a density in proportion to itself, so it is sqrt(1/4 + 2 u) periods; a uniform share of it is left.
     """
     return period * np.sqrt(0.25 + 2 * np.asarray(uniform, np.float64)) * np.asarray(other, np.float64)
 
@@ -68,13 +68,13 @@ class Hours:
     def eligible(self, time: npt.ArrayLike) -> Times:
         """Eligible seconds up to ``time``."""
         days, within = np.divmod(np.asarray(time, np.float64), DAY)
-        return days * self.length + np.interp(within, self._times, self._eligible)
+        return np.asarray(days * self.length + np.interp(within, self._times, self._eligible))
 
     def time(self, eligible: npt.ArrayLike) -> Times:
         """The time at which so many eligible seconds have passed: inverse of `eligible` within the spans."""
         days, within = np.divmod(np.asarray(eligible, np.float64), self.length)
         span = np.searchsorted(self._eligible[1::2], within, side="right")
-        return days * DAY + self._times[2 * span] + within - self._eligible[2 * span]
+        return np.asarray(days * DAY + self._times[2 * span] + within - self._eligible[2 * span])
 
     def after(self, now: npt.ArrayLike, delay: npt.ArrayLike) -> Times:
         """When ``delay`` eligible seconds will have passed since ``now``."""

@@ -29,7 +29,7 @@ def check_plan(signed: pb.SignedPlan, trust: FleetTrust, now: int, last_round: i
         raise Refused("the plan is signed by no plan key of the trust bundle")
     verify(ED25519, signed.key, signed.signature, PLAN, signed.plan)
     try:
-        plan = pb.Plan.FromString(signed.plan)
+        plan: pb.Plan = pb.Plan.FromString(signed.plan)
     except ValueError:
         raise Refused("the plan cannot be read") from None
     if plan.deployment != trust.deployment:

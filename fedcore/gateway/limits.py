@@ -1,0 +1,90 @@
+"""What a stranger may cost: how many requests are read at once, for how long, and how many a device may send."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.refusals import GatewayRefusal
+
+__all__ = ["Buckets", "Limits", "ReadingRoom"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """``message``: bytes of a request. At most ``reading`` of them are read at a time, ``from_one`` of them from one address, each
+    within ``patience`` seconds: their product bounds the memory that strangers can claim. ``calls``: at work or held at a time;
+    ``streams``: of one connection. A device may make ``burst`` calls at once and ``rate`` a second; enrolments together
+    ``enrolments`` a second. A connection that says nothing for ``idle`` seconds is closed, one of ``age`` seconds renewed.
+    """
+
+    message: int = 4_000_000 + 65_536
+    reading: int = 64
+    from_one: int = 48
+    patience: float = 15.0
+    calls: int = 20_000
+    streams: int = 8
+    burst: float = 20.0
+    rate: float = 2.0
+    enrolments: float = 50.0
+    handshake: float = 10.0
+    idle: float = 120.0
+    age: float = 3600.0
+
+
+class Buckets:
+    """Token buckets by key: ``burst`` at once, ``rate`` a second; the least recently used of more than ``most`` are forgotten."""
+
+    def __init__(self, rate: float, burst: float, most: int = 100_000, clock: Callable[[], float] = time.monotonic) -> None:
+        self._rate, self._burst, self._most, self._clock = rate, burst, most, clock
+        self._left: OrderedDict[object, tuple[float, float]] = OrderedDict()
+
+    def take(self, key: object) -> None:
+        """Take one.
+
+        Raises:
+            GatewayRefusal: there is none left; the refusal says how long to wait.
+        """
+        now = self._clock()
+        left, then = self._left.pop(key, (self._burst, now))
+        left = min(self._burst, left + (now - then) * self._rate)
+        taken = left >= 1
+        self._left[key] = (left - 1 if taken else left, now)
+        if len(self._left) > self._most:
+            self._left.popitem(last=False)
+        if not taken:
+            raise GatewayRefusal(pb.TOO_FAST, "too many requests", retry_after=int(1000 * (1 - left) / self._rate) + 1)
+
+
+class ReadingRoom:
+    """Where requests are read: so many at a time, so many of them from one address, for so long. The others wait their turn."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._seats = asyncio.Semaphore(limits.reading)
+        self._of: dict[str, list[asyncio.Semaphore]] = {}  # an address's semaphore, once for everybody who uses it
+
+    @asynccontextmanager
+    async def seat(self, address: str) -> AsyncIterator[None]:
+        """A seat, until what is inside is done.
+
+        Raises:
+            GatewayRefusal: it takes too long.
+        """
+        users = self._of.setdefault(address, [])
+        own = users[0] if users else asyncio.Semaphore(self._limits.from_one)
+        users.append(own)
+        try:
+            async with asyncio.timeout(self._limits.patience), own, self._seats:
+                yield
+        except TimeoutError:
+            raise GatewayRefusal(pb.BUSY, "the request did not arrive in time", retry_after=1000) from None
+        finally:
+            users.pop()
+            if not users:
+                del self._of[address]

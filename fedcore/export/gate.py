@@ -58,14 +58,14 @@ class Row:
 def judge(
     measured: Measured, tier: TierConfig, target: Target, integer_layers: int, float_results: Sequence[str] = ()
 ) -> Iterator[str]:  # fmt: skip
-    """Why the artefact fails its gate, one line each; nothing where it passes. ``integer_layers`` were promised in integers; those
-    named in ``float_results`` give floats for want of a range."""
+    """Why the artefact fails its gate, one line each; nothing where it passes. ``integer_layers`` were promised in integers;
+    results of those in ``float_results`` were not rounded in training."""
     if target.integer and measured.integer_ops < integer_layers:
-        names = ", ".join(float_results)
-        why = f"no range of what layer {names} gives is known: put a FakeQuantize behind it" if names else "the rest is float"
-        yield f"only {measured.integer_ops} integer operators for {integer_layers} layers of integers: {why}"
+        yield f"only {measured.integer_ops} integer operators for {integer_layers} layers of integers: the rest is float"
     if measured.agreement is not None and measured.agreement < AGREEMENT:
         yield f"agreement {measured.agreement:.4f} is below {AGREEMENT}"
+        if float_results:
+            yield f"in training nothing rounded what layer {', '.join(float_results)} gives: put a FakeQuantize behind it"
     if measured.accuracy_loss is not None and measured.accuracy_loss > tier.accuracy_loss:
         yield f"accuracy loss of {measured.accuracy_loss:.2f} points is above {tier.accuracy_loss:g}"
     limits: list[tuple[str, float | None, float]] = [

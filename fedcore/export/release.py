@@ -25,7 +25,7 @@ from fedcore.export.compress import compress, narrow_weights
 from fedcore.export.gate import Measured, Row, agreement, judge, quantile
 from fedcore.export.source import Source
 from fedcore.export.targets import TARGETS, Target, missing_package
-from fedcore.quantization.integer import IntegerModel, with_float_head, with_logit_peak
+from fedcore.quantization.integer import IntegerModel, with_float_head, with_logit_peak, with_ranges
 from fedcore.quantization.lower import lower
 
 __all__ = ["Plan", "TierModel", "choose", "release", "tier_model", "to_json"]
@@ -46,11 +46,13 @@ class Plan:
 
 @dataclass(frozen=True, eq=False)
 class TierModel:
-    """A tier's model as integers, the labels [n] that its fake-quantized form gives the test examples, and its accuracy there."""
+    """A tier's model as integers, the labels [n] that its fake-quantized form gives the test examples, its accuracy there, and the
+    layers whose results were not rounded in training."""
 
     integers: IntegerModel
     expected: npt.NDArray[np.int64]
     accuracy: float
+    float_results: tuple[str, ...] = ()
 
 
 def choose(
@@ -92,7 +94,8 @@ def tier_model(source: Source, tier: TierConfig) -> TierModel:
     with torch.no_grad(), narrow_weights(model, tier.weight_bits) if narrow else contextlib.nullcontext():
         expected = torch.cat([model(part).argmax(1) for part in torch.from_numpy(test.x).split(256)]).numpy()
     accuracy = float((expected == test.y).mean())
-    return TierModel(with_logit_peak(integers, source.representative), expected, accuracy)
+    ranged = with_ranges(integers, source.representative)
+    return TierModel(with_logit_peak(ranged, source.representative), expected, accuracy, integers.float_results)
 
 
 def release(source: Source, plan: Plan, folder: Path, told: Told = lambda _: None) -> list[Row]:
@@ -222,7 +225,7 @@ class _Tier:
             peak_bytes=peak, **shares,
         )  # fmt: skip
         promised = self._model.integers.integer_layers - target.float_head
-        problems = list(judge(measured, self._config, target, promised, self._model.integers.float_results))
+        problems = list(judge(measured, self._config, target, promised, self._model.float_results))
         values = dataclasses.asdict(measured)
         reason = "; ".join(problems) or (
             "" if target.runs else "its runtime does not exist on this system; its shapes and weights are the integer model's"

@@ -22,7 +22,7 @@ from fedcore.quantization.wire import ActivationRange
 
 __all__ = [
     "Convolution", "Dense", "Elementwise", "Flatten", "GroupNorm", "IntegerModel", "Operation", "Pool", "Step", "Value", "Weights",
-    "as_images", "integer_logits", "interpret", "with_float_head", "with_logit_peak",
+    "as_images", "integer_logits", "interpret", "with_float_head", "with_logit_peak", "with_ranges",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -241,6 +241,24 @@ def with_logit_peak(model: IntegerModel, x: Floats) -> IntegerModel:
     """The model with the largest absolute logit of the representative examples x [n, *input_shape], for runtimes whose logits are
     integers."""
     return dataclasses.replace(model, logit_peak=float(np.abs(integer_logits(model, x)).max(initial=0.0)))
+
+
+def with_ranges(model: IntegerModel, x: Floats) -> IntegerModel:
+    """The model with a grid for every result in `IntegerModel.float_results`, spanning what the representative examples
+    x [n, *input_shape] give there: in training nothing asked for one, but without it most runtimes calculate the layer in float."""
+    missing = set(model.float_results)
+    ends = dict.fromkeys(missing, (0.0, 0.0))
+    for start in range(0, len(x), _BATCH):
+        values = interpret(model, x[start : start + _BATCH])
+        for step, value in zip(model.steps, values[1:], strict=True):
+            if step.name in missing and step.grid is None:
+                low, high = ends[step.name]
+                ends[step.name] = (min(low, float(value.array.min())), max(high, float(value.array.max())))
+    return dataclasses.replace(model, steps=tuple(
+        dataclasses.replace(step, grid=ActivationRange.spanning(*ends[step.name]))
+        if step.name in missing and step.grid is None and len(x) else step
+        for step in model.steps
+    ))  # fmt: skip
 
 
 def with_float_head(model: IntegerModel) -> IntegerModel:

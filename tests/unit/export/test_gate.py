@@ -62,8 +62,10 @@ def test_integers_are_demanded_only_where_they_are_promised():
 
 
 def test_a_layer_that_gives_floats_is_named_with_the_remedy():
-    (problem,) = judge(dataclasses.replace(GOOD, integer_ops=2), TIER, TARGETS["onnx"], 4, ("0", "7"))
-    assert "layer 0, 7" in problem and "FakeQuantize" in problem
+    layers = ("0", "7")
+    assert list(judge(GOOD, TIER, TARGETS["onnx"], 4, layers)) == []
+    _, remedy = judge(dataclasses.replace(GOOD, agreement=0.99), TIER, TARGETS["onnx"], 4, layers)
+    assert "layer 0, 7" in remedy and "FakeQuantize" in remedy
 
 
 def test_an_arena_is_held_against_the_arena_of_the_tier():

@@ -13,6 +13,7 @@ from fedcore.export.artefact import Facts
 from fedcore.export.targets import TARGETS, missing_package
 from fedcore.models import ZOO
 from fedcore.quantization.integer import Weights, as_images, integer_logits, with_logit_peak
+from fedcore.quantization.integer import with_ranges as calibrated
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware
 from fedcore.quantization.lower import lower
 from fedcore.quantization.wire import ActivationRange
@@ -241,6 +242,16 @@ def test_layers_before_a_smooth_activation_are_integers_where_a_range_is_known(w
     assert model.float_results == (() if with_ranges else ("layers.0", "layers.5"))
     path = onnx.write(model, tmp_path, FACTS)
     assert (onnx.describe(path).integer >= model.integer_layers) == with_ranges
+    ranged = calibrated(model, x)
+    assert ranged.float_results == ()
+    (tmp_path / "ranged").mkdir()
+    path = onnx.write(ranged, tmp_path / "ranged", FACTS)
+    assert onnx.describe(path).integer >= model.integer_layers
+    near = np.abs(onnx.load(path, 1)(x) - integer_logits(ranged, x))
+    assert near.max() < 0.05 * np.abs(integer_logits(ranged, x)).max()
+    before, after = integer_logits(model, x), integer_logits(ranged, x)
+    assert np.array_equal(before, after) if with_ranges else 0 < np.abs(before - after).max() < 0.05 * np.ptp(before)
+    assert calibrated(model, x[:0]).float_results == model.float_results
     assert (
         np.abs(onnx.load(path, 1)(x) - integer_logits(model, x)).max() < 0.05 * model.steps[-1].operation.weights.scale.max() * 127
     )

@@ -51,8 +51,11 @@ class GaussianNoise:
         counter = (used // _BLOCK_BYTES).to_bytes(_BLOCK_BYTES, "big")
         self._stream = Cipher(algorithms.AES128(key), modes.CTR(counter)).encryptor()
         self._stream.update(bytes(used % _BLOCK_BYTES))
-        self._zeros = bytes(max((-(-piece // 2) * _PAIR_BYTES for piece in self._pieces), default=0))
-        self._bits = np.empty(len(self._zeros) + _BLOCK_BYTES - 1, np.uint8)  # the cipher asks for room for one block more
+        pairs = max((-(-piece // 2) for piece in self._pieces), default=0)
+        self._zeros = bytes(_PAIR_BYTES * pairs)
+        self._bits = np.empty(_PAIR_BYTES * pairs + _BLOCK_BYTES - 1, np.uint8)  # the cipher asks for room for one block more
+        # Kept from step to step: fresh arrays of this size cost more, in page faults, than all that is computed in them.
+        self._radius, self._angle, self._second = (np.empty(pairs, np.float32) for _ in range(3))
 
     def add(self, out: npt.NDArray[np.float32], deviation: float) -> None:
         """Add the next vector, of standard deviation ``deviation``, to ``out`` [size]."""
@@ -64,7 +67,8 @@ class GaussianNoise:
     def _add_piece(self, out: npt.NDArray[np.float32], deviation: float) -> None:
         pairs = -(-len(out) // 2)
         self._stream.update_into(memoryview(self._zeros)[: _PAIR_BYTES * pairs], self._bits.data)
-        radius = self._bits[: 8 * pairs].view(np.int64).astype(np.float32)
+        radius, angle, second = self._radius[:pairs], self._angle[:pairs], self._second[:pairs]
+        np.copyto(radius, self._bits[: 8 * pairs].view(np.int64), casting="same_kind")
         np.abs(radius, out=radius)
         np.maximum(radius, np.float32(1), out=radius)
         radius *= np.float32(2.0**-63)
@@ -72,12 +76,12 @@ class GaussianNoise:
         radius *= np.float32(-2)
         np.sqrt(radius, out=radius)
         radius *= np.float32(deviation)
-        angle = self._bits[8 * pairs : _PAIR_BYTES * pairs].view(np.int32).astype(np.float32)
+        np.copyto(angle, self._bits[8 * pairs : _PAIR_BYTES * pairs].view(np.int32), casting="same_kind")
         angle *= np.float32(math.pi * 2.0**-31)
-        second = np.sin(angle)
+        np.sin(angle, out=second)
         np.cos(angle, out=angle)
         angle *= radius
         out[:pairs] += angle
         rest = len(out) - pairs
-        second[:rest] *= radius[:rest]
+        second *= radius
         out[pairs:] += second[:rest]

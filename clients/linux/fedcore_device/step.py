@@ -115,12 +115,12 @@ class Accumulate:
             Refused: the step's answer cannot be one of a step that does what its form says.
             ClientFailure: without clipping, a gradient that is not finite.
         """
-        total, loss = np.zeros(0, np.float32), 0.0
+        total, loss = None, 0.0
         for first in range(0, len(rows), self.step.form.batch):
             piece = rows[first : first + self.step.form.batch]
             gradient, own = self._piece(parameters, x, labels, piece, clip)
-            total, loss = (total + gradient if len(total) else gradient), loss + own
-        return (total if len(total) else np.zeros(self.step.form.parameters, np.float32)), loss
+            total, loss = (gradient if total is None else np.add(total, gradient, out=total)), loss + own
+        return (np.zeros(self.step.form.parameters, np.float32) if total is None else total), loss
 
     def probe(self, parameters: Floats, clip: float = math.inf) -> None:
         """Run a full batch of zeros once: a step that fails on it is named before it sees an example.

@@ -30,7 +30,7 @@ _GENERATORS = ("PCG64", "PCG64DXSM", "Philox", "SFC64", "MT19937")
 
 @dataclass
 class Progress:
-    """Where a round stands after ``step`` steps: parameters [d], momentum's velocity [d] or None before the first step, sums of
+    """Where a round stands after ``step`` steps: parameters [d], momentum's velocity [d] or None without momentum, sums of
     losses and examples so far, and how the generators were when the round began."""
 
     parameters: Floats

@@ -104,7 +104,8 @@ def train(
     progress = load_progress(resume.path, fingerprint) if resume else None
     if progress is None:
         order = state_of(randomness.order)
-        progress = Progress(task.start.copy(), None, 0, 0.0, 0, order, randomness.noise_key)
+        velocity = np.zeros_like(task.start) if task.plan.momentum else None
+        progress = Progress(task.start.copy(), velocity, 0, 0.0, 0, order, randomness.noise_key)
     steps = number_of_steps(len(x), task.plan)
     if progress.step < steps:
         loop = _Loop(task, progress, x, labels, threads)
@@ -134,24 +135,23 @@ class _Loop:
 
     def take(self, rows: npt.NDArray[np.int64]) -> None:
         """One step on the examples ``rows``."""
-        plan, progress, values = self.task.plan, self.progress, self.progress.parameters
+        plan, progress, scratch = self.task.plan, self.progress, self.scratch
+        values, velocity = progress.parameters, progress.velocity
         gradient, loss = self.accumulate(values, self.x, self.labels, rows, self.clip)
         if self.noise and plan.privacy:
             self.noise.add(gradient, plan.privacy.noise_multiplier * self.clip)
         gradient /= np.float32(plan.batch_size if plan.privacy else len(rows))
         if plan.weight_decay:
-            gradient += np.multiply(values, np.float32(plan.weight_decay), out=self.scratch)
+            gradient += np.multiply(values, np.float32(plan.weight_decay), out=scratch)
         if plan.proximal_mu:
-            np.subtract(values, self.task.start, out=self.scratch)
-            self.scratch *= np.float32(plan.proximal_mu)
-            gradient += self.scratch
-        if plan.momentum and progress.velocity is None:
-            progress.velocity = gradient
-        elif plan.momentum and progress.velocity is not None:
-            progress.velocity *= np.float32(plan.momentum)
-            progress.velocity += gradient
-        direction = progress.velocity if progress.velocity is not None else gradient
-        values -= np.multiply(direction, np.float32(plan.lr), out=self.scratch)
+            np.subtract(values, self.task.start, out=scratch)
+            scratch *= np.float32(plan.proximal_mu)
+            gradient += scratch
+        if velocity is not None:
+            velocity *= np.float32(plan.momentum)
+            velocity += gradient
+            gradient = velocity
+        values -= np.multiply(gradient, np.float32(plan.lr), out=scratch)
         progress.step, progress.loss, progress.trained = progress.step + 1, progress.loss + loss, progress.trained + len(rows)
 
 

@@ -73,8 +73,9 @@ class EnrolmentToken:
             Refused: it is no token.
         """
         word = text.strip()
+        coded = word.removeprefix(_PREFIX)
         try:
-            data = base64.b64decode(word.removeprefix(_PREFIX) + "==", altchars=b"-_", validate=True)
+            data = base64.b64decode(coded + "=" * (-len(coded) % 4), altchars=b"-_", validate=True)
         except (binascii.Error, ValueError):
             data = b""
         if not word.startswith(_PREFIX) or len(data) != _ID + _SECRET + 32:

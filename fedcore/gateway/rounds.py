@@ -12,8 +12,9 @@ from fedcore.errors import Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.fleet import Selection
 from fedcore.gateway.sums import UploadTerms
+from fedcore.secagg.messages import CheckIn
 
-__all__ = ["PRESENT", "REPORT", "Place", "RoundDocument"]
+__all__ = ["PRESENT", "REPORT", "Place", "RoundDocument", "is_for"]
 
 PRESENT, REPORT = "present", "report"
 """Kinds of notes in a round: who checked in for it (`fleet.Told`), and what devices reported."""
@@ -75,3 +76,12 @@ class RoundDocument:
             )  # fmt: skip
         except (ValueError, TypeError, KeyError) as error:
             raise Refused(f"a round's document cannot be read ({type(error).__name__})") from None
+
+
+def is_for(round_key: bytes, visit: tuple[str, int, int]) -> bool:
+    """Whether a check-in of secure aggregation is for this visit; whether it is the device's, committee and coordinator see."""
+    try:
+        found = CheckIn.decode(round_key)
+    except Refused:
+        return False
+    return (found.task, found.epoch, found.expiry) == visit

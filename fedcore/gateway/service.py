@@ -38,7 +38,7 @@ from fedcore.gateway.limits import Buckets, Limits, ReadingRoom
 from fedcore.gateway.messages import NONCE, Enrolment, FleetTrust, RoundToken
 from fedcore.gateway.pace import Pace, first_wait, wait
 from fedcore.gateway.refusals import FAILURE_KEY, STATUS, GatewayRefusal
-from fedcore.gateway.rounds import PRESENT, REPORT
+from fedcore.gateway.rounds import PRESENT, REPORT, is_for
 from fedcore.gateway.sums import UploadTerms, read_upload
 from fedcore.secagg.committee_wire import one_line
 from fedcore.secagg.crypto import Signer, digest
@@ -282,12 +282,16 @@ class Gateway:
         end = asyncio.get_running_loop().time() + self._settings.hold
         noted = ""
         while True:
-            reply, forming = self._answer(caller.device, told)
+            reply, forming = self._answer(caller.device, told, await self._done(caller.device))
             if reply is not None:
                 reply.server_time.CopyFrom(self._time(request.nonce))
                 return reply
             if forming is None:
                 raise GatewayRefusal(pb.BUSY, "no answer")
+            visit = forming.document.visit
+            if visit is not None and not is_for(body.round_key, visit):
+                asked = pb.Visit(task=visit[0], epoch=visit[1], expiry=visit[2])
+                return pb.CheckInReply(visit=asked, server_time=self._time(request.nonce))
             if noted != forming.round.key:
                 noted = forming.round.key
                 await self._committer.note(noted, PRESENT, Note(caller.device.id, _present(told, body), self._clock()))
@@ -296,11 +300,22 @@ class Gateway:
                 return self._wait_reply(request.nonce, 100 + int(900 * self._draw.random()), "the round is still being formed")
             await self.board.changed(left)
 
-    def _answer(self, device: Device, told: Told) -> tuple[pb.CheckInReply | None, OpenRound | None]:
+    async def _done(self, device: Device) -> set[str]:
+        """The running rounds that count an upload of the device already."""
+        done = set()
+        for one in self.board.running():
+            key, last = one.round.key, device.participations.get(one.round.task, (0, -1))[1]
+            if device.id in one.document.cohort and last >= one.round.number:
+                counted = await self._committer.call(lambda store, key=key: store.contributions(key))  # type: ignore[misc]
+                if any(contribution.device == device.id for contribution in counted):
+                    done.add(key)
+        return done
+
+    def _answer(self, device: Device, told: Told, done: set[str]) -> tuple[pb.CheckInReply | None, OpenRound | None]:
         """The reply to a check-in, or the round that it is held for."""
         reason, lacks = "no round now", list[str]()
         for one in self.board.running():
-            if device.id in one.document.cohort:
+            if device.id in one.document.cohort and one.round.key not in done:
                 return pb.CheckInReply(assignment=self._assignment(device.id, one)), None
             reason = "not selected for this round"
         for one in self.board.forming():

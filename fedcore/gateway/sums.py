@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcore.errors import Refused
+from fedcore.privacy.mechanisms import clip
 from fedcore.quantization.wire import decode_update
 
 __all__ = ["ENCODINGS", "RunningSum", "Summand", "UploadTerms", "read_upload"]
@@ -25,8 +26,8 @@ _UPDATE = ("float32", "int8")
 class UploadTerms:
     """What an upload of a round must be: ``encoding`` of `ENCODINGS` with ``values`` numbers in at most ``most_bytes`` bytes.
 
-    An update has an L2 norm of at most ``most_norm`` and weighs no more than ``most_examples``. Uploads are added up on arrival,
-    or kept whole (``kept``).
+    An update has an L2 norm of at most ``most_norm`` (a contribution is clipped to it) and weighs no more than ``most_examples``.
+    Uploads are added up on arrival, or kept whole (``kept``).
     """
 
     encoding: str
@@ -61,7 +62,11 @@ def read_upload(data: bytes, terms: UploadTerms) -> Summand:
     if terms.encoding == "contribution":
         if len(data) != 4 * terms.values:
             raise Refused(f"a contribution has {4 * terms.values} bytes, this one {len(data)}")
-        vector, examples, loss = np.frombuffer(data, "<f4"), 1, 0.0
+        sent = np.frombuffer(data, "<f4")
+        if not np.isfinite(sent).all():
+            raise Refused("it is not finite")
+        # Not only a hostile device exceeds the norm: so does rounding to float32. It is clipped again, not refused.
+        vector, examples, loss = clip(sent, terms.most_norm).astype(np.float32), 1, 0.0
     elif terms.encoding in _UPDATE:
         if data[4:5] != bytes([_UPDATE.index(terms.encoding)]):
             raise Refused(f"it is not in the encoding {terms.encoding}")
@@ -76,7 +81,7 @@ def read_upload(data: bytes, terms: UploadTerms) -> Summand:
     norm = math.sqrt(float(np.dot(vector, vector.astype(np.float64))))
     if not (math.isfinite(norm) and math.isfinite(loss)):
         raise Refused("it is not finite")
-    if norm > terms.most_norm:
+    if norm > terms.most_norm and terms.encoding in _UPDATE:
         raise Refused(f"its norm {norm:.3g} is over the limit {terms.most_norm:.3g}")
     return Summand(vector.astype(np.float32, copy=False), examples, examples, 0, loss * examples)
 

@@ -1,0 +1,274 @@
+"""DeviceGrid: real devices behind gateways, as a Flower Grid whose nodes are the devices that checked in for a round."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
+
+from fedcore.errors import Refused, RoundFailed
+from fedcore.flower import (
+    METRICS,
+    Answer,
+    ClientGrid,
+    Facts,
+    answer_all,
+    assume_identity,
+    check_addressees,
+    check_one_content,
+    from_record,
+    kind_of,
+    only_record,
+    to_record,
+)
+from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.blobs import Blobs
+from fedcore.gateway.conduct import Conductor, Finished, Forming
+from fedcore.gateway.fleet import Progress, Selection
+from fedcore.gateway.plan import to_settings
+from fedcore.gateway.rounds import Place
+from fedcore.gateway.sums import RunningSum, Summand, UploadTerms, read_upload
+from fedcore.grids.protocol import check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
+from fedcore.grids.publish import publish
+from fedcore.models import ParameterLayout
+from fedcore.privacy.release import Release
+from fedcore.quantization.wire import encode_model, update_length
+from fedcore.training.client import SCORE_BYTES, RoundTask
+
+__all__ = ["DeviceGrid", "Offering"]
+
+_MOST_EXAMPLES = 10_000_000  # what one device may claim to have trained on
+_SPARE = 1 << 20  # bytes that boxes and statements add to a masked vector
+_FULL = float(np.finfo(np.float32).max)
+_FROZEN, _STEP, _EVALUATION = "frozen", "step", "evaluation"
+
+
+@dataclass(frozen=True)
+class Offering:
+    """What plans name beside the model: blobs by name ("frozen", "step", "evaluation"), the encoding of updates, and what a device
+    must be able to do."""
+
+    blobs: Mapping[str, bytes]
+    encoding: str = "float32"
+    capabilities: tuple[str, ...] = ()
+
+
+class DeviceGrid(ClientGrid):
+    """The devices of a deployment, collected anew for every round as ``selection`` says; node ids are device ids.
+
+    What it hands the strategy is as from any other grid: one mean reply (``mean``), which gateways add up as uploads arrive, or one
+    reply per device. Clients are numbered in the order in which their devices were met. ``task`` is the run's name towards devices.
+    """
+
+    blind = False
+    simulated = False
+
+    def __init__(
+        self, conductor: Conductor, blobs: Blobs, layout: ParameterLayout, task: str, selection: Selection, offering: Offering, *,
+        mean: bool,
+    ) -> None:  # fmt: skip
+        assume_identity()
+        self.place, self.observed, self.mean = "devices", Facts(), mean
+        self._conductor, self._blobs, self._layout, self._task, self._selection = conductor, blobs, layout, task, selection
+        self._offering = offering
+        self._extra = [pb.Blob(name=name, digest=blobs.put(data), size=len(data)) for name, data in offering.blobs.items()]
+        self._numbers: dict[int, int] = {}
+        self._chosen: list[int] | None = None
+        self._forming: Forming | None = None
+        self._round = 0
+
+    @property
+    def nodes(self) -> Sequence[int]:
+        """The devices of the round; setting it begins a new one, for nobody can draw devices that are not there."""
+        return self._chosen or []
+
+    @nodes.setter
+    def nodes(self, _: Sequence[int]) -> None:
+        self._abandon("the coordinator went on to another round")
+
+    def close(self) -> None:
+        """End a round that is being formed."""
+        self._abandon("the coordinator has stopped")
+
+    def client_of(self, node: int) -> int:
+        """The number of the client behind a node."""
+        return self._numbers.setdefault(node, len(self._numbers))
+
+    def get_node_ids(self) -> Iterable[int]:
+        """The devices that checked in during the selection window, over-selection included; waits for them once a round.
+
+        Raises:
+            RoundFailed: too few did.
+        """
+        if self._chosen is None:
+            self._forming = self._conductor.form(self._task, self._round + 1, self._selection)
+            try:
+                self._chosen = self._conductor.gather(self._forming)
+            except RoundFailed:
+                self._forming = None
+                raise
+            for device in self._chosen:
+                self.client_of(device)
+        return list(self._chosen)
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+        """Give devices their work, and the strategy what became of it. Only good replies come back.
+
+        Raises:
+            RoundFailed: too few uploads by the deadline.
+            Refused: messages that a mean cannot be taken over, or to devices that were not collected.
+        """
+        self.observed, sent = Facts(), list(messages)
+        check_addressees(sent, self._chosen or [])
+        if self._forming is None or not sent:
+            raise RoundFailed("no devices were collected for this round")
+        visit = visit_of(sent[0])
+        if visit is not None and sent[0].metadata.message_type == MessageType.QUERY:
+            return self._round_keys(sent, (visit.task, visit.epoch, visit.expiry), timeout)
+        if self.mean and visit is None:
+            check_one_content(sent)
+        forming, self._forming, self._chosen = self._forming, None, None
+        kind, task = kind_of(sent[0]), RoundTask.from_table(only_record(without_protocol(sent[0]), ConfigRecord))
+        self._round = task.round_number
+        uploads = self._terms(kind, task, masked=visit is not None)
+        plans, cohort = self._plans(sent, kind, uploads)
+        deadline = self._selection.deadline if timeout is None else timeout
+        finished = self._conductor.run(forming, plans, cohort, uploads, deadline)
+        if visit is not None:
+            return self._masked(sent, finished)
+        absent = tuple(sorted((self.client_of(device), reason) for device, reason in finished.absent.items()))
+        if finished.progress is Progress.FAILED:
+            raise RoundFailed(
+                f"{len(finished.contributions)} of {len(cohort)} devices uploaded within {finished.seconds:.0f} s; the round needs "
+                f"{self._selection.minimum}" + (f"; client {absent[0][0]}: {absent[0][1]}" if absent else "")
+            )
+        return self._answers(sent, kind, task, uploads, finished, absent)
+
+    def _plans(self, sent: Sequence[Message], kind: str, uploads: UploadTerms) -> tuple[list[pb.Plan], dict[int, Place]]:
+        """A plan for each different content, and each device's place."""
+        plans: list[pb.Plan] = []
+        places: dict[tuple[int, ...], int] = {}
+        cohort = {}
+        for message in sent:
+            arrays, config = only_record(message, ArrayRecord), only_record(without_protocol(message), ConfigRecord)
+            content = (id(arrays), id(config))
+            if content not in places:
+                places[content] = len(plans)
+                plans.append(self._plan(arrays, config, kind, uploads))
+            invited = invitation_of(message)
+            invitation = self._blobs.put(invited.invitation) if invited else b""
+            cohort[message.metadata.dst_node_id] = Place(places[content], invitation)
+        return plans, cohort
+
+    def _plan(self, arrays: ArrayRecord, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
+        task = RoundTask.from_table(config)
+        model = encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), task.ranges)
+        unwanted = _EVALUATION if kind == MessageType.TRAIN else _STEP
+        blobs = [pb.Blob(name="model", digest=self._blobs.put(model), size=len(model))]
+        blobs += [blob for blob in self._extra if blob.name != unwanted]
+        masked = uploads.encoding == "masked"
+        return pb.Plan(
+            kind=pb.TRAIN if kind == MessageType.TRAIN else pb.EVALUATE,
+            aggregation=pb.MASKED if masked else pb.EACH if uploads.kept else pb.MEAN,
+            blobs=blobs, settings=to_settings(config), upload_encoding=uploads.encoding, most_upload_bytes=uploads.most_bytes,
+            capabilities=self._offering.capabilities, server_round=task.round_number, values=uploads.values,
+        )  # fmt: skip
+
+    def _terms(self, kind: str, task: RoundTask, *, masked: bool) -> UploadTerms:
+        """What an upload must be.
+
+        Raises:
+            Refused: shares of noise or sums of scores protect nobody where uploads come in the clear.
+        """
+        size, encoding = self._layout.size, self._offering.encoding
+        if masked and task.release:
+            return UploadTerms("masked", task.release.size, 4 * task.release.size + _SPARE, _FULL, 1, kept=True)
+        if kind == MessageType.EVALUATE:
+            if task.release:
+                raise Refused("devices would show the coordinator every device's scores; it takes secure aggregation")
+            return UploadTerms("score", 0, SCORE_BYTES, _FULL, _MOST_EXAMPLES, kept=not task.private)
+        if task.release:
+            if not isinstance(task.release, Release) or task.release.shares:
+                raise Refused("devices would show the coordinator every device's part of the sum; it takes secure aggregation")
+            return UploadTerms("contribution", task.release.size, task.release.bytes, task.release.joint.norm_bound, 1)
+        return UploadTerms(
+            encoding, size, update_length(size, encoding), task.max_update_norm, _MOST_EXAMPLES, kept=not self.mean
+        )  # fmt: skip
+
+    def _answers(
+        self, sent: Sequence[Message], kind: str, task: RoundTask, uploads: UploadTerms, finished: Finished,
+        absent: tuple[tuple[int, str], ...],
+    ) -> list[Message]:  # fmt: skip
+        devices = [one.device for one in finished.contributions]
+        down = len(sent) * sum(len(self._blobs.get(digest)) for digest in self._models(sent))
+        up = len(devices) * uploads.most_bytes
+        clients = tuple(sorted(map(self.client_of, devices)))
+        if isinstance(task.release, Release):
+            self.observed = Facts(clients, absent)
+            answer = publish(sent[0], self._layout, task, finished.total.vector, len(devices), os.urandom)
+            return answer_all([answer], Facts(bytes_down=down))
+        if not uploads.kept:
+            answer = self._answer(sent[0], kind, task, finished.total, Facts(clients, (), up))
+            return answer_all([answer], Facts(dropped=absent, bytes_down=down))
+        parts = list(self._kept(finished, uploads))
+        by_device = {message.metadata.dst_node_id: message for message in sent}
+        groups = [parts] if self.mean else [[part] for part in parts]
+        answers = []
+        for group in groups:
+            total = RunningSum()
+            for _, part in group:
+                total.add(part)
+            seen = tuple((self.client_of(d), p.correct / p.examples, p.examples) for d, p in group if kind == MessageType.EVALUATE)
+            facts = Facts(tuple(sorted(self.client_of(d) for d, _ in group)), (), len(group) * uploads.most_bytes, 0, seen)
+            answers.append(self._answer(by_device[group[0][0]], kind, task, total, facts))
+        return answer_all(answers, Facts(dropped=absent, bytes_down=down))
+
+    def _answer(self, message: Message, kind: str, task: RoundTask, total: RunningSum, facts: Facts) -> Answer:
+        """One reply for what was added up."""
+        loss = total.loss / total.examples
+        values = [total.examples, loss] if kind == MessageType.TRAIN else [total.examples, total.correct / total.examples, loss]
+        metrics = dict(zip(METRICS[kind], values[: 1 if task.private else None], strict=not task.private))
+        arrays = None
+        if kind == MessageType.TRAIN:
+            master = from_record(self._layout, only_record(message, ArrayRecord))
+            arrays = to_record(self._layout, (master + total.vector / total.examples).astype(np.float32))
+        return Answer(message, arrays, metrics, facts)
+
+    def _kept(self, finished: Finished, uploads: UploadTerms) -> Iterator[tuple[int, Summand]]:
+        """Uploads that were kept whole, which are read and forgotten."""
+        for one in finished.contributions:
+            part = read_upload(self._blobs.get(one.digest), uploads)
+            yield one.device, part
+            self._blobs.remove(one.digest)
+
+    def _round_keys(self, sent: Sequence[Message], visit: tuple[str, int, int], timeout: float | None) -> list[Message]:
+        """The check-ins of secure aggregation from the devices that wait."""
+        by_device = {message.metadata.dst_node_id: message for message in sent}
+        wait = min(self._selection.window, timeout or self._selection.window)
+        if self._forming is None:
+            raise RoundFailed("no devices were collected for this round")
+        self._forming, found = self._conductor.invite(self._forming, visit, list(by_device), wait)
+        return [check_in_reply(by_device[one.device], one.round_key) for one in found]
+
+    def _masked(self, sent: Sequence[Message], finished: Finished) -> list[Message]:
+        """Masked uploads, opaque here; `SecureGrid` decides what becomes of them."""
+        by_device = {message.metadata.dst_node_id: message for message in sent}
+        self.observed = Facts(dropped=tuple((self.client_of(device), reason) for device, reason in finished.absent.items()))
+        replies = []
+        for one in finished.contributions:
+            replies.append(upload_reply(by_device[one.device], self._blobs.get(one.digest), 0.0))
+            self._blobs.remove(one.digest)
+        return replies
+
+    def _models(self, sent: Sequence[Message]) -> list[bytes]:
+        arrays, config = only_record(sent[0], ArrayRecord), only_record(without_protocol(sent[0]), ConfigRecord)
+        model = encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), RoundTask.from_table(config).ranges)
+        return [self._blobs.put(model)]
+
+    def _abandon(self, reason: str) -> None:
+        if self._forming is not None:
+            self._conductor.close(self._forming, reason)
+        self._forming, self._chosen = None, None

@@ -1,0 +1,470 @@
+"""Whole rounds over real processes on loopback with TLS: gateways that are killed, replicas on one store, devices that speak the
+protocol, and a coordinator's grid."""
+
+import contextlib
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+
+from fedcore.errors import Refused, RoundFailed, TryAgain
+from fedcore.flower import assume_identity, facts_of, from_record, only_record, to_record
+from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.blobs import Blobs
+from fedcore.gateway.client import GatewayClient, Requests, enrol, may_pass
+from fedcore.gateway.conduct import Conductor
+from fedcore.gateway.deployment import make_fleet
+from fedcore.gateway.enrolment import EnrolmentServer
+from fedcore.gateway.fleet import Selection
+from fedcore.gateway.plan import to_table
+from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.grids.device import DeviceGrid, Offering
+from fedcore.models import ParameterLayout
+from fedcore.quantization.wire import Update, decode_model, encode_update
+from fedcore.secagg.crypto import Ed25519Key
+from fedcore.state.gateway import Standing, open_gateway_store
+from fedcore.training.client import RoundTask
+from fedcore.training.plan import LocalPlan
+
+ROOT = Path(__file__).parents[2]
+LAYOUT = ParameterLayout(("w", "b"), ((20, 30), (30,)), ("fp32", "fp32"))
+
+
+def redis_of_the_contracts():
+    path = ROOT / "tests" / "contracts" / "test_gateway_store.py"
+    spec = importlib.util.spec_from_file_location("gateway_store_contract", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.RedisServer()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Deployment:
+    """A fleet's keys, its enrolment signer, and gateway processes on one store."""
+
+    def __init__(self, folder, store="", gateways=1, **settings):
+        self.folder, self.store = folder, store or str(folder / "state.sqlite")
+        self.fleet = make_fleet(folder / "fleet", "watches")
+        self.signer = self.fleet.signer()
+        self.enrolments = EnrolmentServer(self.signer, f"unix:{folder}/signer.sock")
+        self.enrolments.start()
+        self.blobs = folder / "blobs"
+        self.settings = {
+            "store": self.store, "blobs": str(self.blobs), "trust": str(self.fleet.trust_file), "hold": 2.0,
+            "time_key": str(self.fleet.time_key), "tls": str(self.fleet.gateway), "signer": self.enrolments.address,
+            "limits": {"rate": 200, "burst": 200}, "pace": {"rate": 1000, "least": 0.05}, **settings,
+        }  # fmt: skip
+        self.addresses = [f"127.0.0.1:{free_port()}" for _ in range(gateways)]
+        self.processes = {}
+        for i in range(gateways):
+            self.start(i)
+
+    def start(self, i=0):
+        file = self.folder / f"gateway-{i}.json"
+        file.write_text(json.dumps(self.settings | {"listen": self.addresses[i]}))
+        with (self.folder / f"gateway-{i}.log").open("ab") as log:
+            command = [sys.executable, "-m", "fedcore.gateway.process", str(file)]
+            self.processes[i] = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT)
+        line = self.processes[i].stdout.readline()
+        assert line == f"gateway listens on {self.addresses[i]}\n", (self.folder / f"gateway-{i}.log").read_text()
+
+    def end(self, i=0, number=signal.SIGKILL):
+        process = self.processes.pop(i)
+        process.send_signal(number)
+        code = process.wait(30)
+        process.stdout.close()
+        return code
+
+    def enrol(self, number, gateway=0):
+        token = self.signer.issue(600).encode()
+        return enrol(self.addresses[gateway], token, Ed25519Key(hashlib.sha256(b"%d" % number).digest()))
+
+    def client(self, enrolled, gateway=0, begin=1, **options):
+        counter = itertools.count(begin)
+        return GatewayClient(self.addresses[gateway], Requests(enrolled, lambda: next(counter), **options))
+
+    def grid(self, selection, mean=True, offering=None, task="run-1"):
+        self.coordinator = open_gateway_store(self.store)
+        conductor = Conductor(self.coordinator, "watches", self.fleet.plan_key(), pause=0.02)
+        return DeviceGrid(conductor, Blobs(self.blobs), LAYOUT, task, selection, offering or Offering({}), mean=mean)
+
+    def close(self):
+        for i in list(self.processes):
+            self.end(i, signal.SIGTERM)
+        self.enrolments.stop()
+        self.signer.close()
+
+
+@pytest.fixture
+def deployment(tmp_path):
+    one = Deployment(tmp_path)
+    yield one
+    one.close()
+
+
+class Device(threading.Thread):
+    """Checks in until it has worked in ``rounds`` rounds; its update adds its number to every parameter."""
+
+    def __init__(self, deployment, enrolled, number, gateways=(0,), rounds=1, encoding="float32"):
+        super().__init__(daemon=True)
+        self.deployment, self.enrolled, self.number, self.rounds = deployment, enrolled, number, rounds
+        self.gateways, self.encoding = itertools.cycle(gateways), encoding
+        self.acknowledged, self.plans, self.problem = [], [], None
+        self.counter = itertools.count(1)
+
+    def run(self):
+        try:
+            while len(self.acknowledged) < self.rounds:
+                self.visit()
+        except Exception as error:  # noqa: BLE001 - told by the test
+            self.problem = error
+
+    def visit(self):
+        address = self.deployment.addresses[next(self.gateways)]
+        requests = Requests(self.enrolled, lambda: next(self.counter))
+        client = GatewayClient(address, requests)
+        try:
+            reply = client.check_in(pb.CheckInBody(tier="watch", capabilities=["accumulate-1"]))
+            if reply.HasField("assignment"):
+                self.work(client, requests, reply.assignment)
+            else:
+                time.sleep(min(0.1, reply.wait.retry_after_ms / 1000))
+        except (TryAgain, GatewayRefusal) as error:
+            if isinstance(error, GatewayRefusal) and error.reason == pb.LATE:
+                return
+            if not may_pass(error):
+                raise
+            time.sleep(0.05)
+        finally:
+            client.close()
+
+    def work(self, client, requests, assignment):
+        plan = requests.check_plan(assignment, max(self.plans, default=0))
+        model = client.fetch_whole(assignment.token, plan.blobs[0])
+        decode_model(model)
+        assert to_table(plan)["batch-size"] == 8
+        rng = np.random.default_rng(0)
+        if plan.kind == pb.TRAIN:
+            values = np.full(LAYOUT.size, self.number, np.float32)
+            data = encode_update(Update(values, self.number + 1, 0.5 * self.number), plan.upload_encoding, rng)
+        else:
+            data = (10).to_bytes(8, "little") + (self.number).to_bytes(8, "little") + np.float64(self.number).tobytes()
+        client.upload(assignment.token, data)
+        self.acknowledged.append(plan.round)
+        self.plans.append(plan.round)
+        with contextlib.suppress(GatewayRefusal, TryAgain):
+            client.report(pb.ReportBody(token=assignment.token, outcome=pb.UPLOADED, train_ms=3))
+
+
+def work_for(nodes, kind=MessageType.TRAIN, number=1, **changes):
+    assume_identity()
+    master = np.arange(LAYOUT.size, dtype=np.float32) / 7
+    record = ConfigRecord(RoundTask(number, LocalPlan(1, 8, 0.1, **changes), 1e6).to_table())
+    content = RecordDict({"arrays": to_record(LAYOUT, master), "config": record})
+    return master, [Message(content, node, kind) for node in nodes]
+
+
+def finish(threads, seconds=60):
+    for one in threads:
+        one.join(seconds)
+        assert one.problem is None, one.problem
+        assert not one.is_alive()
+
+
+def selection(count, **changes):
+    return Selection(**({"goal": count, "minimum": count, "deadline": 30.0, "window": 20.0, "over_selection": 1.0} | changes))
+
+
+def check_mean(replies, master, numbers):
+    (reply,) = replies
+    numbers = np.array(sorted(numbers))
+    mean = (numbers * (numbers + 1)).sum() / (numbers + 1).sum()
+    update = from_record(LAYOUT, only_record(reply, type(to_record(LAYOUT, master)))) - master
+    np.testing.assert_allclose(update, mean, rtol=1e-5)
+    metrics = next(iter(reply.content.metric_records.values()))
+    assert metrics["num-examples"] == (numbers + 1).sum()
+    assert metrics["train_loss"] == pytest.approx((0.5 * numbers * (numbers + 1)).sum() / (numbers + 1).sum())
+    assert len(facts_of(reply).clients) == len(numbers)
+
+
+@pytest.mark.parametrize("store", ["sqlite", "redis"])
+def test_a_round_survives_gateways_that_are_killed_between_uploads(tmp_path, store):
+    """Two replicas, one of them killed with -9 again and again while ten devices upload: the mean is exact."""
+    redis = redis_of_the_contracts() if store == "redis" else None
+    deployment = Deployment(tmp_path, redis.url("a") if redis else "", gateways=2)
+    try:
+        devices = [Device(deployment, deployment.enrol(n, n % 2), n, gateways=(n % 2, 1 - n % 2)) for n in range(10)]
+        grid = deployment.grid(selection(10))
+        for one in devices:
+            one.start()
+        master, messages = work_for(grid.get_node_ids())
+        assert len(messages) == 10
+        stop = threading.Event()
+
+        def kill():
+            while not stop.is_set():
+                deployment.end(0)
+                time.sleep(0.1)
+                deployment.start(0)
+                stop.wait(0.3)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        try:
+            replies = grid.send_and_receive(messages, timeout=60)
+        finally:
+            stop.set()
+            killer.join()
+        check_mean(replies, master, range(10))
+        finish(devices)
+        grid.close()
+        assert sorted(one.participations["run-1"] for one in deployment.coordinator.devices()) == [(1, 1)] * 10
+    finally:
+        deployment.close()
+        if redis:
+            redis.kill()
+
+
+def test_several_rounds_training_and_evaluation_one_reply_per_device(deployment):
+    devices = [Device(deployment, deployment.enrol(n), n, rounds=3, encoding="int8") for n in range(4)]
+    grid = deployment.grid(selection(4), mean=False, offering=Offering({"step": b"s" * 300_000}, "int8", ("accumulate-1",)))
+    for one in devices:
+        one.start()
+    for number in (1, 2):
+        master, messages = work_for(grid.get_node_ids(), number=number)
+        replies = grid.send_and_receive(messages)
+        got = {}
+        for reply in replies:
+            update = from_record(LAYOUT, only_record(reply, type(to_record(LAYOUT, master)))) - master
+            got[next(iter(reply.content.metric_records.values()))["num-examples"] - 1] = float(update.mean())
+        assert got == pytest.approx({0: 0, 1: 1, 2: 2, 3: 3}, abs=1e-4)
+        grid.nodes = ()
+    _, messages = work_for(grid.get_node_ids(), MessageType.EVALUATE, number=2)
+    replies = grid.send_and_receive(messages)
+    accuracies = sorted(accuracy for reply in replies for _, accuracy, _ in facts_of(reply).accuracies)
+    assert accuracies == [0, 0.1, 0.2, 0.3]
+    finish(devices)
+    assert deployment.end(0, signal.SIGTERM) == 0
+    assert not list((deployment.blobs / "staged").iterdir())
+
+
+def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
+    big = ParameterLayout(("w",), ((1500, 1000),), ("fp32",))
+    enrolled = deployment.enrol(1)
+    grid = deployment.grid(selection(1))
+    grid._layout = big
+    counter = itertools.count(1)
+    requests = Requests(enrolled, lambda: next(counter))
+    client = GatewayClient(deployment.addresses[0], requests)
+    found = []
+    thread = threading.Thread(target=lambda: found.append(client.check_in(pb.CheckInBody())))
+    thread.start()
+    nodes = grid.get_node_ids()
+    master = np.zeros(big.size, np.float32)
+    content = RecordDict({
+        "arrays": to_record(big, master), "config": ConfigRecord(RoundTask(1, LocalPlan(1, 8, 0.1), 1e6).to_table()),
+    })  # fmt: skip
+    replies = []
+    coordinator = threading.Thread(
+        target=lambda: replies.extend(grid.send_and_receive([Message(content, nodes[0], MessageType.TRAIN)]))
+    )
+    coordinator.start()
+    thread.join(20)
+    assignment = found[0].assignment
+    plan = requests.check_plan(assignment)
+    first = b"".join(itertools.islice(client.fetch(assignment.token, plan.blobs[0].digest, 0, 1_000_000), 100))
+    assert len(first) == 1_000_000
+    assert client.fetch_whole(assignment.token, plan.blobs[0], first)[:1_000_000] == first
+    with pytest.raises(GatewayRefusal, match="names no such blob"):
+        list(client.fetch(assignment.token, bytes(32)))
+    data = encode_update(Update(np.arange(big.size, dtype=np.float32) / big.size, 3, 0.25), "float32", np.random.default_rng(0))
+    digest = hashlib.sha256(data).digest()
+    have = client._staged(assignment.token, digest, data, 0, data[: 1 << 20])
+    deployment.end()
+    deployment.start()
+    assert have == client._staged(assignment.token, digest, data, 0, b"") == 1 << 20
+    assert client.upload(assignment.token, data) is False
+    coordinator.join(20)
+    np.testing.assert_allclose(from_record(big, only_record(replies[0], type(content["arrays"])))[-1], (big.size - 1) / big.size)
+    with pytest.raises(GatewayRefusal, match="the round has what it needs") as late:
+        client.upload(assignment.token, data)
+    assert late.value.reason == pb.LATE
+    client.close()
+
+
+def test_uploads_that_are_late_strange_or_different_are_refused_with_the_reason(deployment):
+    devices = [deployment.enrol(n) for n in range(3)]
+    clients = [deployment.client(one) for one in devices]
+    grid = deployment.grid(selection(3, minimum=1, deadline=6.0))
+    replies = []
+    threads = [threading.Thread(target=lambda c=c: replies.append((c, c.check_in(pb.CheckInBody())))) for c in clients]
+    for one in threads:
+        one.start()
+    master, messages = work_for(grid.get_node_ids())
+    result = []
+    coordinator = threading.Thread(target=lambda: result.extend(grid.send_and_receive(messages)))
+    coordinator.start()
+    for one in threads:
+        one.join(20)
+    tokens = {client: reply.assignment.token for client, reply in replies}
+    first, second, third = clients
+    rng = np.random.default_rng(0)
+    good = encode_update(Update(np.ones(LAYOUT.size, np.float32), 2, 0.5), "float32", rng)
+    other = encode_update(Update(np.zeros(LAYOUT.size, np.float32), 2, 0.5), "float32", rng)
+    nan = encode_update(Update(np.full(LAYOUT.size, np.nan, np.float32), 2, 0.5), "float32", rng)
+    far = encode_update(Update(np.full(LAYOUT.size, 1e30, np.float32), 2, 0.5), "float32", rng)
+    greedy = encode_update(Update(np.ones(LAYOUT.size, np.float32), 1 << 60, 0.5), "float32", rng)
+    for data, said in (
+        (nan, "not finite"), (far, "over the limit"), (greedy, "claims 1152921504606846976 examples"), (b"xx", "encoding float32"),
+        (good + b"0", "bytes, the plan allows"),
+    ):  # fmt: skip
+        with pytest.raises(GatewayRefusal, match=said) as refused:
+            first.upload(tokens[first], data)
+        assert refused.value.reason == pb.UNUSABLE
+    with pytest.raises(GatewayRefusal, match="another device's"):
+        first.upload(tokens[second], good)
+    forged = bytearray(tokens[first])
+    forged[12] ^= 1
+    with pytest.raises(GatewayRefusal, match="round token"):
+        first.upload(bytes(forged), good)
+    assert first.upload(tokens[first], good) is False
+    assert first.upload(tokens[first], good) is True
+    with pytest.raises(GatewayRefusal, match="another upload of this device counts") as twice:
+        first.upload(tokens[first], other)
+    assert twice.value.reason == pb.OTHER_UPLOAD
+    assert not second.report(pb.ReportBody(token=tokens[second], outcome=pb.WORKING, steps=3)).stop
+    second.report(pb.ReportBody(token=tokens[second], outcome=pb.INELIGIBLE, text="no longer charging"))
+    coordinator.join(30)
+    check_mean_of_one(result, master)
+    with pytest.raises(GatewayRefusal, match="the round has what it needs") as late:
+        third.upload(tokens[third], good)
+    assert late.value.reason == pb.LATE
+    told = third.report(pb.ReportBody(token=tokens[third], outcome=pb.WORKING))
+    assert (told.stop, told.reason) == (True, "the round has what it needs")
+    reasons = dict(facts_of(result[0]).dropped).values()
+    assert sorted(reasons) == ["ineligible: no longer charging", "no upload"]
+    for one in clients:
+        one.close()
+
+
+def check_mean_of_one(replies, master):
+    (reply,) = replies
+    update = from_record(LAYOUT, only_record(reply, type(to_record(LAYOUT, master)))) - master
+    np.testing.assert_allclose(update, 1.0, rtol=1e-5)
+
+
+def test_too_few_devices_fail_the_round_with_numbers(deployment):
+    grid = deployment.grid(selection(2, window=0.3))
+    with pytest.raises(RoundFailed, match=r"0 devices checked in within 0\.3 s; the round needs 2"):
+        grid.get_node_ids()
+    devices = [Device(deployment, deployment.enrol(n), n) for n in range(2)]
+    for one in devices:
+        one.work = lambda *_: time.sleep(0.2)  # they take the plan and vanish
+        one.start()
+    grid = deployment.grid(selection(2, deadline=1.0))
+    _, messages = work_for(grid.get_node_ids())
+    with pytest.raises(RoundFailed, match=r"0 of 2 devices uploaded within 1 s; the round needs 2; client \d: no upload"):
+        grid.send_and_receive(messages)
+    for one in devices:
+        one.rounds = 0
+    finish(devices)
+
+
+def test_revocation_quarantine_and_clocks(deployment):
+    enrolled = deployment.enrol(1)
+    store = open_gateway_store(deployment.store)
+    client = deployment.client(enrolled)
+    assert client.check_in(pb.CheckInBody()).wait.reason == "no round now"
+    for skew in (-365 * 86400, 365 * 86400):
+        wrong = deployment.client(enrolled, begin=abs(skew) + skew // 2, clock=lambda skew=skew: time.time() + skew)
+        assert wrong.check_in(pb.CheckInBody()).wait.reason == "no round now"
+        wrong.close()
+    copy = deployment.client(enrolled, begin=store.device(enrolled.device).counter)
+    with pytest.raises(GatewayRefusal, match="state was copied") as caught:
+        copy.check_in(pb.CheckInBody())
+    assert caught.value.reason == pb.QUARANTINED
+    store.judge(enrolled.device, Standing.ACTIVE, "")
+    later = deployment.client(enrolled, begin=10**12)
+    later.check_in(pb.CheckInBody())
+    assert later.renew().device == enrolled.device
+    store.judge(enrolled.device, Standing.REVOKED, "stolen")
+    for call in (lambda: later.check_in(pb.CheckInBody()), later.renew):
+        with pytest.raises(GatewayRefusal, match="has been revoked") as caught:
+            call()
+        assert caught.value.reason == pb.REVOKED
+    for one in (client, copy, later):
+        one.close()
+    store.close()
+
+
+def test_a_certificate_that_ended_months_ago_is_renewed_and_a_store_that_was_lost_learns_of_the_device(tmp_path):
+    deployment = Deployment(tmp_path)
+    try:
+        deployment.signer._days = -90
+        enrolled = deployment.enrol(1)
+        client = deployment.client(enrolled)
+        with pytest.raises(GatewayRefusal, match="certificate has ended") as caught:
+            client.check_in(pb.CheckInBody())
+        assert caught.value.reason == pb.EXPIRED
+        deployment.signer._days = 365
+        assert client.renew().enrolment.certificate.not_after > time.time()
+        client.check_in(pb.CheckInBody())
+        deployment.end()
+        for path in tmp_path.glob("state.sqlite*"):
+            path.unlink()
+        deployment.start()
+        with pytest.raises(GatewayRefusal, match="not known here") as caught:
+            client.check_in(pb.CheckInBody())
+        assert caught.value.reason == pb.UNKNOWN_DEVICE
+        client.renew()
+        assert client.check_in(pb.CheckInBody()).wait.reason == "no round now"
+        deployment.signer.revoke(enrolled.device)
+        with pytest.raises(GatewayRefusal, match="not enrolled here any more"):
+            client.renew()
+        client.forget()
+        with pytest.raises(GatewayRefusal, match="withdrawn by its owner"):
+            client.check_in(pb.CheckInBody())
+        client.close()
+    finally:
+        deployment.close()
+
+
+def test_enrolment_refuses_other_trust_bundles_other_keys_and_closed_signers(deployment, tmp_path):
+    address, key = deployment.addresses[0], Ed25519Key(os.urandom(32))
+    token = deployment.signer.issue(600).encode()
+    first = enrol(address, token, key)
+    assert enrol(address, token, key) == first
+    with pytest.raises(GatewayRefusal, match="used for another key"):
+        enrol(address, token, Ed25519Key(os.urandom(32)))
+    with pytest.raises(GatewayRefusal, match="enrolled already"):
+        enrol(address, deployment.signer.issue(600).encode(), key)
+    with pytest.raises(GatewayRefusal, match="expired"):
+        enrol(address, deployment.signer.issue(-1).encode(), Ed25519Key(os.urandom(32)))
+    elsewhere = make_fleet(tmp_path / "other", "watches").signer()
+    with pytest.raises(Refused, match="another trust bundle than the enrolment token names"):
+        enrol(address, elsewhere.issue(600).encode(), key)
+    with pytest.raises(Refused, match="was it cut off"):
+        enrol(address, token[:-5], key)
+    deployment.enrolments.stop()
+    with pytest.raises(GatewayRefusal, match="signer cannot be reached") as caught:
+        enrol(address, deployment.signer.issue(600).encode(), Ed25519Key(os.urandom(32)))
+    assert caught.value.reason == pb.ENROLMENT_CLOSED
+    elsewhere.close()

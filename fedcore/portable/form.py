@@ -37,7 +37,7 @@ OPERATORS = frozenset((
     "Sigmoid", "Split", "Sqrt", "Sub", "Sum", "Tanh", "Transpose",
 ))  # fmt: skip
 _VERSION = 1
-_MOST = 2**31
+_MOST = 2**28  # values of one input
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class StepForm:
                 raise Refused(f"training step: {name} must be an integer from {int(name != 'frozen')}, got {value!r}")
         if type(self.clips) is not bool or not all(isinstance(name, str) for name in self.quantizers):
             raise Refused("training step: clips must be true or false, quantizers a list of names")
-        if self.batch * math.prod(self.input_shape) >= _MOST:
-            raise Refused("training step: a batch of its inputs has 2^31 values or more")
+        if self.batch * max(self.classes, math.prod(self.input_shape)) >= _MOST:
+            raise Refused(f"training step: one of its inputs has {_MOST} values or more")
 
 
 def range_values(ranges: Mapping[str, ActivationRange], quantizers: tuple[str, ...], dtype: Any = np.float32) -> npt.NDArray[Any]:

@@ -19,7 +19,7 @@ __all__ = ["FLOAT", "Node", "StepFile", "read_step_file"]
 
 FLOAT, _INT32, _INT64 = 1, 6, 7
 _ITEM_BYTES = {FLOAT: 4, _INT32: 4, _INT64: 8}
-_MOST_DIMENSIONS = 8
+_MOST_DIMENSIONS, _MOST_FIELDS = 8, 200_000  # the zoo's steps have less than 6,000 fields
 
 _Table = dict[int, tuple[str, Any, bool]]  # field number: name, type (int, bytes or a table), whether it may be repeated
 _ENTRY: _Table = {1: ("key", bytes, False), 2: ("value", bytes, False)}
@@ -75,7 +75,7 @@ def read_step_file(data: bytes) -> StepFile:
     Raises:
         Refused: not such a file, or one with a field that no step has; the line says where.
     """
-    model = _message(memoryview(data), _MODEL, "model")
+    model = _Reader().message(memoryview(data), _MODEL, "model")
     graph = model.get("graph") or {}
     properties = [(_text(entry.get("key")), _text(entry.get("value"))) for entry in model["properties"]]
     found = StepFile(
@@ -122,23 +122,32 @@ def _text(found: bytes | None) -> str:
         raise Refused("training step: a name in the file is not text") from error
 
 
-def _message(data: memoryview, table: _Table, where: str) -> dict[str, Any]:
-    """The fields of a message by name; repeated ones as lists, empty where there are none."""
-    found: dict[str, Any] = {name: [] for name, _, repeated in table.values() if repeated}
-    for number, value in _fields(data, where):
-        if number not in table:
-            raise Refused(f"training step: {where} has a field (number {number}) that no training step has")
-        name, kind, repeated = table[number]
-        if isinstance(value, int) != (kind is int):
-            raise Refused(f"training step: {where}.{name} has another encoding than ONNX gives it")
-        content = _message(value, kind, f"{where}.{name}") if isinstance(kind, dict) else value
-        if repeated:
-            found[name].append(content)
-        elif name in found:
-            raise Refused(f"training step: {where}.{name} stands there twice")
-        else:
-            found[name] = content
-    return found
+class _Reader:
+    """Counts the fields of a file, so that millions of empty ones cost neither time nor memory."""
+
+    def __init__(self) -> None:
+        self.fields = 0
+
+    def message(self, data: memoryview, table: _Table, where: str) -> dict[str, Any]:
+        """The fields of a message by name; repeated ones as lists, empty where there are none."""
+        found: dict[str, Any] = {name: [] for name, _, repeated in table.values() if repeated}
+        for number, value in _fields(data, where):
+            self.fields += 1
+            if self.fields > _MOST_FIELDS:
+                raise Refused(f"training step: it has more than {_MOST_FIELDS} fields")
+            if number not in table:
+                raise Refused(f"training step: {where} has a field (number {number}) that no training step has")
+            name, kind, repeated = table[number]
+            if isinstance(value, int) != (kind is int):
+                raise Refused(f"training step: {where}.{name} has another encoding than ONNX gives it")
+            content = self.message(value, kind, f"{where}.{name}") if isinstance(kind, dict) else value
+            if repeated:
+                found[name].append(content)
+            elif name in found:
+                raise Refused(f"training step: {where}.{name} stands there twice")
+            else:
+                found[name] = content
+        return found
 
 
 def _fields(data: memoryview, where: str) -> Iterator[tuple[int, Any]]:

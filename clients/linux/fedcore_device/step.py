@@ -92,9 +92,7 @@ class Accumulate:
     ) -> None:  # fmt: skip
         self.step, form = step, step.form
         self._session = _session(step, threads)
-        self._given: dict[str, npt.NDArray[Any]] = {
-            name: np.zeros(shape, np.float32) for name, shape in form.inputs().items() if name not in ("frozen", "ranges")
-        }
+        self._given: dict[str, npt.NDArray[Any]] = {name: np.zeros(form.inputs()[name], np.float32) for name in ("x", "y", "mask")}
         if form.frozen:
             if frozen is None or frozen.shape != (form.frozen,) or not np.isfinite(frozen).all():
                 raise Refused(f"training step: it needs {form.frozen} finite frozen parameters")

@@ -359,6 +359,13 @@ def test_tables_name_the_pixels_that_windows_see(size, kernel, stride, padding, 
         assert [e for e in entries if e >= 0] == [i for i, p in enumerate(table.reshape(-1)) if p == pixel]
 
 
+@pytest.mark.parametrize("kernel", [(2, 3), (1, 4), (3, 3)])
+def test_padding_to_the_same_size(kernel):
+    model = nn.Sequential(nn.Conv2d(2, 3, kernel, padding="same"), nn.Flatten(), nn.Linear(3 * 30, CLASSES)).double()
+    x, y = examples((2, 5, 6), np.float64)
+    np.testing.assert_allclose(run(model, (2, 5, 6), x, y)[0], by_definition(model, x, y)[0], rtol=0, atol=1e-9)
+
+
 def test_a_pooling_beyond_the_border_sees_its_first_pixel_again():
     table = pooling_table(nn.MaxPool1d(3, 2, 1), (4,), (2,))
     assert table.tolist() == [[0, 0, 1], [1, 2, 3]]

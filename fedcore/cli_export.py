@@ -33,9 +33,7 @@ def export(
         str,
         typer.Option(help="Runtimes: onnx, litert, executorch, executorch-portable, coreml, ncnn, mnn, micro.", metavar="NAME,.."),
     ] = "",
-    tiers: Annotated[
-        str, typer.Option(help="Tiers: flagship, entry, wearable, or of the scenario's [tiers].", metavar="NAME,..")
-    ] = "",
+    tiers: Annotated[str, typer.Option(help="Tiers: flagship, entry, wearable, or those of the scenario.", metavar="NAME,..")] = "",
     micro_python: Annotated[
         Path | None, typer.Option(help="A Python that has tflite-micro.", envvar="FEDCORE_MICRO_PYTHON", metavar="FILE")
     ] = None,

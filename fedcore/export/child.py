@@ -61,19 +61,20 @@ def run_job(job: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
         Refused: the worker refused, crashed, or needed more than the limits allow; one line.
         TryAgain: the child could not be started.
     """
+    doing = f"{Path(job['path']).name}: {job['task']}" if "path" in job else job["task"]
     with tempfile.TemporaryDirectory(prefix="fedcore-") as folder:
         asked, answered = Path(folder) / "job.json", Path(folder) / "answer.json"
         asked.write_text(json.dumps(dict(job)))
         command = [sys.executable, "-m", "fedcore.export.worker", str(asked), str(answered)]
         problem = run_limited(command, limits, Path(folder))
         if problem:
-            raise Refused(f"{job['task']} {problem}")
+            raise Refused(f"{doing} {problem}")
         try:
             if answered.stat().st_size > _ANSWER:
-                raise Refused(f"{job['task']} answered with more than {_ANSWER >> 20} MB")
+                raise Refused(f"{doing} answered with more than {_ANSWER >> 20} MB")
             answer: dict[str, Any] = json.loads(answered.read_text())
         except (OSError, ValueError) as error:
-            raise Refused(f"{job['task']} left no answer") from error
+            raise Refused(f"{doing} left no answer") from error
         if "refused" in answer:
             raise Refused(answer["refused"])
         return answer

@@ -130,7 +130,7 @@ def test_a_damaged_file_is_one_clear_line(target, tmp_path):
     file = path if path.is_file() else path / "Data/com.apple.CoreML/model.mlmodel"
     data = file.read_bytes()
     noise = bytes((i * 167 + 13) % 256 for i in range(5000))
-    for damaged in (data[: len(data) // 2], noise, b"\xf0\xff\xff\x7f" + data[4:]):
+    for damaged in (data[: len(data) // 2], noise, b"\x0f\xff\xff\x7f" + data[4:]):  # far outside, or no kind of field
         file.write_bytes(damaged)
         with pytest.raises(Refused) as caught:
             run_job({"task": "describe", "kind": target, "path": str(path)}, LIMITS)

@@ -182,11 +182,36 @@ def work_for(nodes, kind=MessageType.TRAIN, number=1, **changes):
     return master, [Message(content, node, kind) for node in nodes]
 
 
+def assigned(client):
+    """Check in until there is work."""
+    while not (reply := client.check_in(pb.CheckInBody())).HasField("assignment"):
+        time.sleep(0.02)
+    return reply
+
+
 def finish(threads, seconds=60):
     for one in threads:
         one.join(seconds)
         assert one.problem is None, one.problem
         assert not one.is_alive()
+
+
+class OneRound(threading.Thread):
+    """A coordinator for one round, in a thread of its own, to which its store belongs."""
+
+    def __init__(self, deployment, chosen, work):
+        super().__init__(daemon=True)
+        self.deployment, self.chosen, self.work, self.replies = deployment, chosen, work, None
+        self.start()
+
+    def run(self):
+        grid = self.deployment.grid(self.chosen)
+        self.replies = grid.send_and_receive(self.work(grid))
+
+    def result(self):
+        self.join(40)
+        assert not self.is_alive()
+        return self.replies
 
 
 def selection(count, **changes):
@@ -269,26 +294,18 @@ def test_several_rounds_training_and_evaluation_one_reply_per_device(deployment)
 def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
     big = ParameterLayout(("w",), ((1500, 1000),), ("fp32",))
     enrolled = deployment.enrol(1)
-    grid = deployment.grid(selection(1))
-    grid._layout = big
     counter = itertools.count(1)
     requests = Requests(enrolled, lambda: next(counter))
     client = GatewayClient(deployment.addresses[0], requests)
-    found = []
-    thread = threading.Thread(target=lambda: found.append(client.check_in(pb.CheckInBody())))
-    thread.start()
-    nodes = grid.get_node_ids()
-    master = np.zeros(big.size, np.float32)
-    content = RecordDict({
-        "arrays": to_record(big, master), "config": ConfigRecord(RoundTask(1, LocalPlan(1, 8, 0.1), 1e6).to_table()),
-    })  # fmt: skip
-    replies = []
-    coordinator = threading.Thread(
-        target=lambda: replies.extend(grid.send_and_receive([Message(content, nodes[0], MessageType.TRAIN)]))
-    )
-    coordinator.start()
-    thread.join(20)
-    assignment = found[0].assignment
+    arrays, config = to_record(big, np.zeros(big.size, np.float32)), RoundTask(1, LocalPlan(1, 8, 0.1), 1e6).to_table()
+
+    def work(grid):
+        grid._layout = big
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord(config)})
+        return [Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()]
+
+    coordinator = OneRound(deployment, selection(1), work)
+    assignment = assigned(client).assignment
     plan = requests.check_plan(assignment)
     first = b"".join(itertools.islice(client.fetch(assignment.token, plan.blobs[0].digest, 0, 1_000_000), 100))
     assert len(first) == 1_000_000
@@ -302,8 +319,8 @@ def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
     deployment.start()
     assert have == client._staged(assignment.token, digest, data, 0, b"") == 1 << 20
     assert client.upload(assignment.token, data) is False
-    coordinator.join(20)
-    np.testing.assert_allclose(from_record(big, only_record(replies[0], type(content["arrays"])))[-1], (big.size - 1) / big.size)
+    (reply,) = coordinator.result()
+    np.testing.assert_allclose(from_record(big, only_record(reply, type(arrays)))[-1], (big.size - 1) / big.size)
     with pytest.raises(GatewayRefusal, match="the round has what it needs") as late:
         client.upload(assignment.token, data)
     assert late.value.reason == pb.LATE
@@ -313,15 +330,11 @@ def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
 def test_uploads_that_are_late_strange_or_different_are_refused_with_the_reason(deployment):
     devices = [deployment.enrol(n) for n in range(3)]
     clients = [deployment.client(one) for one in devices]
-    grid = deployment.grid(selection(3, minimum=1, deadline=6.0))
+    coordinator = OneRound(deployment, selection(3, minimum=1, deadline=4.0), lambda grid: work_for(grid.get_node_ids())[1])
     replies = []
-    threads = [threading.Thread(target=lambda c=c: replies.append((c, c.check_in(pb.CheckInBody())))) for c in clients]
+    threads = [threading.Thread(target=lambda c=c: replies.append((c, assigned(c)))) for c in clients]
     for one in threads:
         one.start()
-    master, messages = work_for(grid.get_node_ids())
-    result = []
-    coordinator = threading.Thread(target=lambda: result.extend(grid.send_and_receive(messages)))
-    coordinator.start()
     for one in threads:
         one.join(20)
     tokens = {client: reply.assignment.token for client, reply in replies}
@@ -352,9 +365,9 @@ def test_uploads_that_are_late_strange_or_different_are_refused_with_the_reason(
     assert twice.value.reason == pb.OTHER_UPLOAD
     assert not second.report(pb.ReportBody(token=tokens[second], outcome=pb.WORKING, steps=3)).stop
     second.report(pb.ReportBody(token=tokens[second], outcome=pb.INELIGIBLE, text="no longer charging"))
-    coordinator.join(30)
-    check_mean_of_one(result, master)
-    with pytest.raises(GatewayRefusal, match="the round has what it needs") as late:
+    result = coordinator.result()
+    check_mean_of_one(result, work_for([1])[0])
+    with pytest.raises(GatewayRefusal, match="the round is over|the round has what it needs") as late:
         third.upload(tokens[third], good)
     assert late.value.reason == pb.LATE
     told = third.report(pb.ReportBody(token=tokens[third], outcome=pb.WORKING))

@@ -47,6 +47,8 @@ def follow(run: FederatedRun, console: Console, *, as_json: bool) -> None:
         watch = _Watch(run)
         for metrics in run.rounds():
             console.print(_line(metrics, watch), highlight=False, soft_wrap=True)
+            if "hint" in metrics:
+                console.print(f"hint: {metrics['hint']}", highlight=False, soft_wrap=True)
 
 
 class _Watch:
@@ -110,7 +112,8 @@ def _follow_live(run: SimulatedRun, console: Console) -> None:
         if not secret:
             done, drawn = run.grid.clients_done, len(run.grid.nodes)
             bars.update(bars.task_ids[1], completed=done, total=drawn, count=f"{done}/{drawn}")
-        return Group(headline, _table(recent, watch), bars)
+        hint = recent[-1].get("hint") if recent else None
+        return Group(headline, _table(recent, watch), *([Text(f"hint: {hint}", style="yellow")] if hint else []), bars)
 
     with Live(get_renderable=picture, console=console, refresh_per_second=5):
         for metrics in run.rounds():

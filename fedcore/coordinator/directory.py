@@ -17,7 +17,15 @@ __all__ = ["Claim", "begun", "claim", "continued", "next_directory", "write"]
 # What may differ between a run and its continuation: nothing that a committed round depended on.
 _MAY_CHANGE = {"run": {"rounds", "name"}, "engine": {"workers"}, "checkpoint": {"every", "keep"}, "cohort": {"timeout", "attempts"}}
 _CHECKPOINTS = "checkpoints"
-_FILES = ("config.toml*", "partition.json*", "metrics.jsonl*", "state.sqlite*", "ledger.sqlite*")  # with journals and temporaries
+_FILES = (
+    "config.toml*",
+    "partition.json*",
+    "metrics.jsonl*",
+    "state.sqlite*",
+    "ledger.sqlite*",
+    "operator.jsonl",
+    "blamed.json",
+)  # with journals and temporaries
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,19 @@ class Protection:
         Raises:
             Refused: it changed the private part of the training configuration, or did not address the drawn cohort.
         """
+        self.check_sum(messages, task)
+        if self.client is not None and len(messages) != len(cohort):
+            raise Refused(
+                f"the strategy addressed {len(messages)} of the {len(cohort)} clients drawn; with privacy of unit client it must "
+                "address all of them, since who takes part is part of the guarantee"
+            )
+
+    def check_sum(self, messages: Sequence[Message], task: RoundTask) -> None:
+        """See that the strategy left alone how contributions are made and summed.
+
+        Raises:
+            Refused: it changed the private part of the training configuration.
+        """
         expected = task.guarded()
         if not all(isinstance(message, Message) for message in messages):
             raise Refused("the strategy must give messages")
@@ -168,11 +181,6 @@ class Protection:
             for key, value in expected.items():
                 if found.get(key) != value or type(found.get(key)) is not type(value):
                     raise Refused(f"the strategy changed {key} from {value} to {found.get(key)}, on which the run's privacy rests")
-        if self.client is not None and len(messages) != len(cohort):
-            raise Refused(
-                f"the strategy addressed {len(messages)} of the {len(cohort)} clients drawn; with privacy of unit client it must "
-                "address all of them, since who takes part is part of the guarantee"
-            )
 
 
 def protect(config: RunConfig, data: FederatedData, strategy: Strategy, dimension: int) -> Protection:

@@ -26,17 +26,17 @@ from fedcore.coordinator.checkpoint import Origin, Progress, from_checkpoint, to
 from fedcore.coordinator.scores import by_client, tell_scores
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
-from fedcore.flower import Facts, Roster, facts_of, from_record, seed_strategies, to_nobody, to_record
+from fedcore.flower import Facts, Roster, facts_of, from_record, only_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
-from fedcore.secagg.sums import Summation
+from fedcore.secagg.sums import Summation, UpdateSum
 from fedcore.state.sqlite import RunStore
 from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import evaluate, load_flat
 from fedcore.training.plan import LocalPlan
 
-__all__ = ["Coordinator", "DrawnGrid", "Metrics"]
+__all__ = ["Coordinator", "DrawnGrid", "Metrics", "Seen"]
 
 Floats = npt.NDArray[np.float32]
 Metrics = dict[str, Any]
@@ -73,7 +73,7 @@ class Coordinator:
     def __init__(self, assembly: Assembly, grid: DrawnGrid, store: RunStore, budget: Budget | None = None) -> None:
         self.assembly, self.config, self.strategy = assembly, assembly.config, assembly.strategy
         self.layout = assembly.layout
-        self.observed: tuple[tuple[int, ...], Facts] = (), Facts()  # the last round's cohort, and what its grid saw of it
+        self.observed: list[Seen] = []  # of the current round, one for each attempt
         self.ended = ""
         self._budget, self._client_unit = budget, assembly.protection.client
         if self._client_unit and self._client_unit.config.mechanism == "skellam" and not (grid.simulated or grid.blind):
@@ -133,7 +133,6 @@ class Coordinator:
         release, trained = work.release, work.facts
         # 3. The strategy aggregates.
         master, aggregated = self._aggregate(number, work.replies)
-        self.observed = work.cohort, self._grid.observed
         clock.lap("train")
         # 4. Evaluate on the coordinator's test part, and on the clients.
         norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
@@ -158,6 +157,7 @@ class Coordinator:
             "quantized": bool(progress.ranges),
             **central,
             **federated,
+            **({"hint": hint} if (hint := self._hint(work, progress)) else {}),
             **({"failed_attempts": work.failures} if work.failures else {}),
             **({"secure": [dict(one) for one in trained.secure]} if trained.secure else {}),
             **({"privacy": self._budget.spent(progress.clipping_norm, trained.unclipped)} if self._budget else {}),
@@ -195,6 +195,7 @@ class Coordinator:
         """A cohort's work, paid for. Real clients come and go: with them a round whose replies do not suffice is tried again,
         with a cohort of its own and a charge of its own."""
         failures: list[str] = []
+        self.observed = []
         secured = self.assembly.secured
         while True:
             self._grid.nodes = cohort = self._draw(number)
@@ -207,10 +208,23 @@ class Coordinator:
                 replies, facts = self._exchange(messages)
             except RoundFailed as failure:
                 failures.append(str(failure))
-                if self._grid.simulated or len(failures) >= self.config.cohort.attempts:
+                seen = self._grid.observed
+                self.observed.append(Seen(number, tuple(cohort), seen, str(failure)))
+                if self._grid.simulated:
+                    one = f"; one of the clients: {seen.dropped[0][1]}" if seen.dropped else ""
+                    raise RoundFailed(f"{failure}{one}") from failure
+                if len(failures) >= self.config.cohort.attempts:
                     raise
             else:
+                self.observed.append(Seen(number, tuple(cohort), self._grid.observed))
                 return _Work(tuple(cohort), release, replies, facts, failures)
+
+    def _hint(self, work: _Work, progress: Progress) -> str:
+        """What a person might want to change about how updates are summed."""
+        if not isinstance(work.release, UpdateSum) or len(work.replies) != 1:
+            return ""
+        found = from_record(self.layout, only_record(work.replies[0], ArrayRecord))
+        return work.release.why_unfit(found.astype(np.float64) - progress.master, work.facts.survivors or 1)
 
     def _configure(self, task: RoundTask, progress: Progress, cohort: Sequence[int]) -> Sequence[Message]:
         """What the strategy asks of the cohort."""
@@ -276,6 +290,8 @@ class Coordinator:
         )  # fmt: skip
         if not messages:
             return {}, Facts()
+        if scores:
+            self.assembly.protection.check_sum(messages, self._task(number, progress, scores))
         try:
             replies, facts = self._exchange(messages)
         except RoundFailed as failure:
@@ -341,6 +357,16 @@ class Coordinator:
         if self._budget:
             self._budget.check_paid(progress.round_number)
         return progress
+
+
+@dataclass(frozen=True)
+class Seen:
+    """An attempt at a round as the operator may see it: its cohort, what the grid saw of it, and why it was given up."""
+
+    round_number: int
+    cohort: tuple[int, ...]
+    facts: Facts
+    failure: str = ""
 
 
 @dataclass(frozen=True)

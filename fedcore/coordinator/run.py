@@ -25,7 +25,7 @@ from fedcore.coordinator.key import read_key
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.secure import simulated_trust
 from fedcore.coordinator.strategy import accepts_mean
-from fedcore.errors import FedcoreError, Refused
+from fedcore.errors import FedcoreError, Refused, RoundFailed
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
 from fedcore.grids.secure import SecureGrid
@@ -165,6 +165,9 @@ class FederatedRun:
         """Run the rounds that are left; each is in metrics.jsonl when it is yielded."""
         try:
             yield from self._recorded()
+        except RoundFailed:
+            self._tell_operator()
+            raise
         finally:
             if isinstance(self.grid, SecureGrid) and self.grid.blamed:
                 write(self.directory / _BLAMED, json.dumps(self.grid.blamed, indent=2) + "\n")
@@ -172,21 +175,24 @@ class FederatedRun:
     def _recorded(self) -> Iterator[Metrics]:
         for metrics in self.coordinator.rounds():
             self._history.append(metrics)
-            if self.assembly.protection.client or self.assembly.secured:
-                self._tell_operator(metrics["round"])
+            self._tell_operator()
             with (self.directory / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             if self.coordinator.progress.scores and "federated" in metrics:
                 write(self.directory / "clients.json", json.dumps(self.coordinator.progress.scores))
             yield metrics
 
-    def _tell_operator(self, number: int) -> None:
-        """Append to a file that only its owner reads what a release keeps back, without which a failing client is never found."""
-        cohort, seen = self.coordinator.observed
-        told = {"round": number, "cohort": list(cohort), "replies": len(seen.clients), "dropped": seen.dropped}
+    def _tell_operator(self) -> None:
+        """Append to a file that only its owner reads what a sum keeps back, without which a failing client is never found."""
+        if not (self.assembly.protection.client or self.assembly.secured):
+            return
+        lines = []
+        for one in self.coordinator.observed:
+            told = {"round": one.round_number, "cohort": list(one.cohort), "replies": len(one.facts.clients)}
+            lines.append(json.dumps({**told, "dropped": one.facts.dropped, **({"failure": one.failure} if one.failure else {})}))
         descriptor = os.open(self.directory / _OPERATOR, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+            file.writelines(f"{line}\n" for line in lines)
 
     def finish(self) -> dict[str, Any]:
         """Write the model, ``result.json`` and ``report.html``; returns the result."""

@@ -23,13 +23,14 @@ from fedcore.secagg.driver import Committee
 from fedcore.secagg.keys import SIGNING, read_message, read_public_key, read_signing_key
 from fedcore.secagg.messages import TrustBundle
 from fedcore.secagg.neighbours import least_survivors
-from fedcore.secagg.participant import SimulatedParticipants
+from fedcore.secagg.participant import Demands, SimulatedParticipants
 from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import ScoreSum, UpdateSum, plan_update_sum
 from fedcore.secagg.trust import about, check_trust
 from fedcore.training.client import RoundTask
 
 _LONGEST = 3600  # seconds that operators let a round take, unless their policy says otherwise
+_FLOORS = ("minimum_survivors", "corrupt_clients", "noise_multiplier")
 _PATIENCE = 60.0  # seconds for which an operator is asked again before the round goes on without it
 
 __all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_committee"]
@@ -37,12 +38,23 @@ __all__ = ["Secured", "SimulatedTrust", "secure", "simulated_trust", "trusted_co
 
 @dataclass(frozen=True)
 class Secured:
-    """How a run's sums are made. ``scores`` where clients evaluate; ``updates`` where their updates are not noised instead."""
+    """How a run's sums are made. ``scores`` where clients evaluate; ``updates`` where their updates are not noised instead.
+
+    ``policy`` is what the committee demands of any of them, ``demands`` what a client demands of each. Widths and largest weights
+    that nobody has set (``automatic``) follow from data, of which a node may know other numbers than the coordinator.
+    """
 
     terms: Terms
-    policy: Policy
+    demands: Demands
     updates: UpdateSum | None
     scores: ScoreSum | None
+    automatic: tuple[str, ...] = ()
+
+    @property
+    def policy(self) -> Policy:
+        """The floors under all sums of the run."""
+        both = (self.demands.updates, self.demands.scores) if self.scores else (self.demands.updates,)
+        return Policy(*(min(getattr(one, name) for one in both) for name in _FLOORS))
 
     @property
     def largest(self) -> int:
@@ -57,9 +69,13 @@ class Secured:
         """
         if not invited:
             raise Refused("secure aggregation: the coordinator asks for work without an invitation to mask what comes of it")
-        expected = self.updates if trains else self.scores
+        expected: UpdateSum | ScoreSum | None = self.updates if trains else self.scores
         noised = trains and self.updates is None  # which is checked with the privacy that asks for it
-        if task.release != expected and not noised:
+        asked = task.release
+        if expected and isinstance(asked, (UpdateSum, ScoreSum)) and type(asked) is type(expected):
+            free = self.automatic if trains else ("weight_cap",)
+            expected = replace(expected, **{name: getattr(asked, name) for name in free})
+        if asked != expected and not noised:
             raise Refused("secure aggregation: the coordinator asks for another sum than the scenario's")
 
     def words(self, config: SecAggConfig) -> dict[str, str | list[str]]:
@@ -91,7 +107,7 @@ class Secured:
 
     def wrap(self, inner: InnerGrid, layout: ParameterLayout, committee: Committee | None, name: str) -> SecureGrid:
         """A run's grid under secure aggregation; the task's name is new every time."""
-        return SecureGrid(inner, layout, self.terms, committee, f"{name[:64]}/{secrets.token_hex(8)}")
+        return SecureGrid(inner, layout, self.terms, committee, f"{_shortened(name, 47)}/{secrets.token_hex(8)}")
 
 
 @dataclass(frozen=True)
@@ -125,8 +141,10 @@ def secure(config: RunConfig, data: FederatedData, strategy: Strategy, protectio
             with about(f"[secagg]: secagg.neighbours, in a sum of {size} clients"):
                 least_survivors(size, one.neighbours, bad)
     terms = Terms(corrupt, among_scores, one.neighbours, one.expected_dropout, one.shards, config.run.seed)
-    floor = min(survivors, scores.minimum_survivors) if scores else survivors
-    return Secured(terms, Policy(floor, min(corrupt, among_scores), noise), updates, scores)
+    least = scores.minimum_survivors if scores else survivors
+    demands = Demands(Policy(survivors, corrupt, noise), Policy(least, among_scores, 0.0))
+    automatic = (() if one.weight_cap else ("weight_cap",)) + (() if one.bits or one.weight_cap else ("bits",))
+    return Secured(terms, demands, updates, scores, automatic)
 
 
 def _scores(config: RunConfig, data: FederatedData) -> tuple[ScoreSum, int]:
@@ -154,9 +172,11 @@ def simulated_trust(config: RunConfig, secured: Secured) -> SimulatedTrust | Non
         if enrolment.public != committee.trust.enrolment_key:
             raise Refused(f"secagg.enrolment: {one.enrolment} holds another key than the one that the trust bundle names")
     else:
-        local = local_committee(one.members, one.threshold, one.corrupt_members, config.run.name or "simulation", secured.policy)
+        local = local_committee(
+            one.members, one.threshold, one.corrupt_members, _shortened(config.run.name, 64) or "simulation", secured.policy
+        )
         committee, enrolment = Committee(local.trust, secured.policy, local.members), local.enrolment
-    return SimulatedTrust(committee, SimulatedParticipants(secret, enrolment, committee.trust, secured.policy))
+    return SimulatedTrust(committee, SimulatedParticipants(secret, enrolment, committee.trust, secured.demands))
 
 
 def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
@@ -179,6 +199,11 @@ def trusted_committee(config: RunConfig, secured: Secured) -> Committee:
         for point, (address, fingerprint) in enumerate(zip(one.operators, one.operator_fingerprints, strict=True), 1)
     }
     return Committee(trust, replace(secured.policy, longest_round=_LONGEST), members)
+
+
+def _shortened(name: str, size: int) -> str:
+    """The beginning of a name that fits ``size`` bytes."""
+    return name.encode()[:size].decode(errors="ignore")
 
 
 def _assumed(config: RunConfig, protection: Protection, clients: int) -> tuple[int, int, float]:

@@ -253,7 +253,9 @@ class CohortGrid(ClientGrid):
         accepted, dropped = self._accept(job)
         clients = [client for client in job.clients if self._clients.arrives(client, job.task.round_number)]
         clients = [client for client in clients if not job.invited or client in accepted]
-        scores = list(self._clients.evaluate(values, clients, job.task))
+        found = list(self._clients.evaluate(values, clients, job.task))
+        failed = [(client, reason) for client, _, reason in found if reason]
+        scores = [(client, score) for client, score, _ in found]
         if isinstance(release, ScoreSum):
             sent = [
                 (client, release.contribution(score.examples, score.correct, score.loss_sum)) for client, score in scores
@@ -261,13 +263,16 @@ class CohortGrid(ClientGrid):
             if not job.invited:
                 for _, contribution in sent:
                     out[: release.size] += release.accept(contribution)
-                return _Sum(Facts(tuple(clients), bytes_up=release.bytes * len(clients)), len(clients), 0.0)
+                facts = Facts(tuple(clients), tuple(failed), bytes_up=release.bytes * len(clients))
+                return _Sum(facts, len(clients), 0.0)
             uploads = tuple(_mask(client, accepted[client], contribution) for client, contribution in sent)
-            return _Sum(Facts(tuple(clients), tuple(dropped)), len(uploads), 0.0, uploads=uploads)
-        accuracies = tuple((client, score.accuracy, score.examples) for client, score in scores)
-        facts = Facts(tuple(clients), bytes_up=SCORE_BYTES * len(scores), accuracies=accuracies)
-        found = [score for _, score in scores]
-        return _Sum(facts, sum(s.examples for s in found), sum(s.loss_sum for s in found), sum(s.correct for s in found))
+            return _Sum(Facts(tuple(clients), (*dropped, *failed)), len(uploads), 0.0, uploads=uploads)
+        good = [(client, score) for client, score, reason in found if not reason]
+        accuracies = tuple((client, score.accuracy, score.examples) for client, score in good)
+        facts = Facts(tuple(client for client, _ in good), tuple(failed), bytes_up=SCORE_BYTES * len(good), accuracies=accuracies)
+        sums = [(score.examples, score.loss_sum, score.correct) for _, score in good]
+        examples, loss, correct = (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0.0, 0)
+        return _Sum(facts, int(examples), float(loss), int(correct))
 
     def _accept(self, job: _Job) -> tuple[dict[int, tuple[Accepted, float]], list[tuple[int, str]]]:
         """The invited clients that accept their plan, with the milliseconds it took, and why the others do not."""

@@ -122,8 +122,8 @@ def upload_of(reply: Message) -> tuple[bytes, float]:
 
 def hash_work(model: bytes, task: Mapping[str, Any]) -> bytes:
     """What a plan binds: SHA-256 over the encoded model and the training configuration, so that all clients do the same work."""
-    table = {key: value.hex() if isinstance(value, bytes) else value for key, value in task.items()}
-    return hashlib.sha256(hashlib.sha256(model).digest() + json.dumps(table, sort_keys=True).encode()).digest()
+    text = json.dumps(dict(task), sort_keys=True, default=lambda value: {"bytes": bytes(value).hex()})
+    return hashlib.sha256(hashlib.sha256(model).digest() + text.encode()).digest()
 
 
 def _fields(visit: Visit) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,7 +22,7 @@ from fedcore.privacy.release import Release
 from fedcore.quantization.wire import encode_model
 from fedcore.secagg.coordinator import Coordinator
 from fedcore.secagg.crypto import SUITE
-from fedcore.secagg.driver import Committee, SecureRound, SignerLost
+from fedcore.secagg.driver import Committee, MemberLost, SecureRound
 from fedcore.secagg.messages import CheckIn, Header, Offer
 from fedcore.secagg.neighbours import choose_degree, least_survivors
 from fedcore.secagg.participant import Visit
@@ -32,6 +33,7 @@ __all__ = ["SecureGrid", "Terms"]
 
 _SHARDS = 0x73686172  # purpose of the draw of shards
 _MARGIN, _SKEW = 600, 30  # seconds that a round's keys live beyond the wait for its clients, and that clocks may differ
+_FOR_CHECK_INS, _FOR_COMMITTEE = 0.2, 0.15  # shares of a round's time: for who answers at all, and to open what came
 
 
 class InnerGrid(Protocol):
@@ -142,13 +144,14 @@ class SecureGrid(ClientGrid):
         return [[ordered[i] for i in sorted(part)] for part in np.array_split(order, self._terms.shards)]
 
     def _plain(self, part: Sequence[Message], timeout: float | None) -> list[Message]:
-        replies = list(self._inner.send_and_receive(part, timeout=timeout))
-        self.observed = Facts.merge([self.observed, self._inner.observed])
-        return replies
+        try:
+            return list(self._inner.send_and_receive(part, timeout=timeout))
+        finally:
+            self.observed = Facts.merge([self.observed, self._inner.observed])
 
     def _masked(self, part: Sequence[Message], task: RoundTask, timeout: float | None) -> list[Message]:
-        """The reply of one shard. A member that fails before the plan is approved costs an attempt, not the round; so does a
-        client that dealt false shares, unless another attempt draws new noise, which has to be paid for first."""
+        """The reply of one shard. A member that stands in the way of an attempt is done without in the next; so is a client that
+        dealt false shares, unless another attempt draws new noise, which has to be paid for first."""
         committee = self._made_by
         lost: set[int] = set()
         while True:
@@ -158,27 +161,31 @@ class SecureGrid(ClientGrid):
             except RoundFailed:
                 if len(self.blamed) == blamed or (isinstance(task.release, Release) and not self.simulated):
                     raise
-            except SignerLost as failure:
+            except MemberLost as failure:
                 lost.add(failure.member)
                 if len(committee.members) - len(lost) < committee.trust.threshold:
-                    raise RoundFailed(f"too few members of the committee approve plans: {failure}") from failure
+                    raise RoundFailed(f"too few members of the committee are left: {failure}") from failure
 
     def _attempt(self, part: Sequence[Message], task: RoundTask, timeout: float | None, lost: set[int]) -> list[Message]:
         self._attempts += 1
-        wait = min(int(timeout or 3600) + _MARGIN, self._made_by.policy.longest_round - _SKEW)
-        one = SecureRound(self._made_by, Visit(self._task, self._attempts, int(time.time()) + wait))
-        offers = one.offers()
+        timeout = 3600.0 if timeout is None else timeout
+        whole = min(int(timeout) + _MARGIN, self._made_by.policy.longest_round - _SKEW)
+        one = SecureRound(self._made_by, Visit(self._task, self._attempts, int(time.time()) + whole))
+        offers = tuple(offer for offer in one.offers() if offer.member not in lost)
         dropped: dict[int, str] = {}
         numbers = header_numbers(_integers(task))
-        present = self._check_in(one, part, timeout, dropped)
+        present = self._check_in(one, part, min(timeout, _FOR_CHECK_INS * whole), dropped)
         corrupt = self._terms.among_scores if kind_of(part[0]) == MessageType.EVALUATE else self._terms.corrupt
         least = max(corrupt + 2, numbers["minimum_survivors"])
         if len(present) < least:
             reason = f"; one of the others: {next(iter(dropped.values()))}" if dropped else ""
+            self._observe(dropped)
             raise RoundFailed(f"{len(present)} of {len(part)} clients checked in, {least} are needed{reason}")
+        if time.time() > one.visit.expiry - _SKEW:
+            raise RoundFailed(f"the check-ins took so long that nothing is left of the {whole} s of the round")
         model = encode_model(self._layout.wire_tensors(from_record(self._layout, only_record(part[0], ArrayRecord))), task.ranges)
         work_hash = hash_work(model, only_record(part[0], ConfigRecord))
-        header = self._header({**numbers, "corrupt_clients": corrupt}, offers, one.visit, len(present), work_hash, lost)
+        header = self._header({**numbers, "corrupt_clients": corrupt}, offers, one.visit, len(present), work_hash)
         coordinator = one.plan(header, [check_in for _, check_in in present])
         works = [invite(message, one.visit, coordinator.invitation(i)) for i, (message, _) in enumerate(present)]
         vectors, sizes, taken = self._collect(one, coordinator, works, timeout, dropped)
@@ -186,16 +193,23 @@ class SecureGrid(ClientGrid):
             total = one.total(coordinator, header, vectors)
         finally:
             self.blamed.update(coordinator.blamed)
-            survivors = [self._client(works[i]) for i in vectors]
-            told = Facts(tuple(survivors), tuple(sorted(dropped.items())))
-            self.observed = Facts.merge([self.observed, told, Facts(dropped=tuple(self._inner.observed.dropped))])
+            for i, by_member in coordinator.refusals.items():
+                if i in vectors and not (coordinator.fixed and i in coordinator.survivors):
+                    said = "; ".join(f"member {member}: {reason}" for member, reason in by_member.items())
+                    dropped[self._client(works[i])] = f"its upload was refused ({said})"
+            self._observe(dropped, [client for i in vectors if (client := self._client(works[i])) not in dropped])
         answer = publish(part[0], self._layout, task, total.astype(np.float64), len(coordinator.survivors), _no_noise)
         facts = dataclasses.replace(answer.facts, bytes_up=sum(sizes), secure=(self._told(one, coordinator, header, sizes, taken),))
         down = sum(len(model) + len(coordinator.invitation(i)) for i in range(len(works)))
         return answer_all([dataclasses.replace(answer, facts=facts)], Facts(bytes_down=down))
 
+    def _observe(self, dropped: Mapping[int, str], survivors: Sequence[int] = ()) -> None:
+        """Keep for the operator what no reply tells."""
+        told = Facts(tuple(survivors), tuple(sorted(dropped.items())))
+        self.observed = Facts.merge([self.observed, told, Facts(dropped=tuple(self._inner.observed.dropped))])
+
     def _check_in(
-        self, one: SecureRound, part: Sequence[Message], timeout: float | None, dropped: dict[int, str]
+        self, one: SecureRound, part: Sequence[Message], timeout: float, dropped: dict[int, str]
     ) -> list[tuple[Message, CheckIn]]:  # fmt: skip
         """The clients that checked in, one identity and one key each; the others are ``dropped`` with the reason."""
         replies = {
@@ -218,14 +232,15 @@ class SecureGrid(ClientGrid):
         return present
 
     def _collect(
-        self, one: SecureRound, coordinator: Coordinator, works: Sequence[Message], timeout: float | None, dropped: dict[int, str]
+        self, one: SecureRound, coordinator: Coordinator, works: Sequence[Message], timeout: float, dropped: dict[int, str]
     ) -> tuple[dict[int, memoryview], list[int], list[float]]:  # fmt: skip
         """By index the packed vectors of all good uploads, the uploads' lengths, and what the clients say it took them."""
         index = {message.metadata.dst_node_id: i for i, message in enumerate(works)}
         vectors: dict[int, memoryview] = {}
         sizes, taken = [], []
         left = one.visit.expiry - time.time() - _SKEW  # what comes later, nobody opens
-        for reply in self._inner.send_and_receive(works, timeout=left if timeout is None else min(timeout, left)):
+        left -= _FOR_COMMITTEE * left
+        for reply in self._inner.send_and_receive(works, timeout=min(timeout, left)):
             i = index[reply.metadata.src_node_id]
             try:
                 upload, milliseconds = upload_of(self._usable(reply))
@@ -239,11 +254,11 @@ class SecureGrid(ClientGrid):
         return vectors, sizes, taken
 
     def _header(
-        self, numbers: Mapping[str, Any], offers: tuple[Offer, ...], visit: Visit, clients: int, work_hash: bytes, lost: set[int]
+        self, numbers: Mapping[str, Any], offers: tuple[Offer, ...], visit: Visit, clients: int, work_hash: bytes
     ) -> Header:  # fmt: skip
         trust = self._made_by.trust
         degree, least = self._degree(clients, numbers["corrupt_clients"])
-        signers = [offer.member for offer in offers if offer.member not in lost][: trust.threshold]
+        signers = [offer.member for offer in offers][: trust.threshold]
         return Header(
             task=visit.task, round=visit.epoch, epoch=visit.epoch, expiry=visit.expiry, clients=clients, degree=degree,
             window_survivors=least, members=len(trust.member_keys), threshold=trust.threshold,
@@ -270,6 +285,7 @@ class SecureGrid(ClientGrid):
             "bits": header.bits, "upload_bytes": max(sizes), "client_ms": float(np.median(taken)),
             "server_ms": 1000 * sum(one.seconds.values()), "members": list(header.points),
             "silent": {str(point): reason for point, reason in one.silent.items()}, "blamed": dict(coordinator.blamed),
+            "refused": dict(Counter(str(member) for found in coordinator.refusals.values() for member in found)),
         }  # fmt: skip
 
     def _client(self, message: Message) -> int:

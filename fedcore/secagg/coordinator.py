@@ -174,6 +174,11 @@ class Coordinator:
         return CertifyRequest(plan, self._survivors).encode()
 
     @property
+    def fixed(self) -> bool:
+        """Whether U is fixed."""
+        return self._survivors is not None
+
+    @property
     def survivors(self) -> tuple[int, ...]:
         """U, once it is fixed."""
         if self._survivors is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,14 +17,14 @@ from fedcore.secagg.participant import Visit
 from fedcore.secagg.plan import Policy
 from fedcore.secagg.trust import check_check_in, check_offer
 
-__all__ = ["Committee", "SecureRound", "SignerLost"]
+__all__ = ["Committee", "MemberLost", "SecureRound"]
 
 
-class SignerLost(TryAgain):
-    """A member that was to approve the plan did not; the round number is used up, others may approve the next."""
+class MemberLost(TryAgain):
+    """A member stands in the way of a round of which nothing has been opened; others may do without it."""
 
     def __init__(self, member: int, reason: str) -> None:
-        super().__init__(f"member {member} has not approved the plan: {reason}")
+        super().__init__(f"member {member} {reason}")
         self.member = member
 
 
@@ -93,14 +94,14 @@ class SecureRound:
         """The round's state machine, with the plan that the header's signers approved.
 
         Raises:
-            SignerLost: one of them did not.
+            MemberLost: one of them did not.
         """
         now = int(time.time())
         coordinator = Coordinator(header, check_ins, self.committee.trust, self.committee.policy, now)
         for point in header.signers:
             self._each([point], lambda _: coordinator.proposal(), "approve", coordinator.receive_approval)
             if point in self.silent:
-                raise SignerLost(point, self.silent[point])
+                raise MemberLost(point, f"has not approved the plan: {self.silent[point]}")
         coordinator.plan(now)
         return coordinator
 
@@ -120,9 +121,18 @@ class SecureRound:
 
         Raises:
             RoundFailed: too few survivors or members; nothing is learnt.
+            MemberLost: there would be enough survivors if this member had not refused their uploads.
         """
         self._each(header.points, coordinator.screen_request, "screen", coordinator.receive_screening)
-        request = coordinator.certify_request()
+        try:
+            request = coordinator.certify_request()
+        except RoundFailed as failure:
+            refused = Counter(member for by_member in coordinator.refusals.values() for member in by_member)
+            if not refused:
+                raise
+            member, count = refused.most_common(1)[0]
+            reason = next(by_member[member] for by_member in coordinator.refusals.values() if member in by_member)
+            raise MemberLost(member, f"refused {count} uploads ({reason}): {failure}") from failure
         self._each(header.points, lambda _: request, "certify", coordinator.receive_certification)
         self._each(header.points, coordinator.release_request, "release", coordinator.receive_release)
         with self._timed("sum"):

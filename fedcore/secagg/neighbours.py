@@ -74,8 +74,8 @@ def check_degree(clients: int, degree: int, least: int, corrupt: int) -> None:
         return
     if degree % 2 or not 2 <= degree < clients - 1 or not 1 <= least <= degree // 2:
         raise Refused(
-            f"{degree} neighbours with {least} survivors a window: for {clients} clients use an even number below {clients - 1} "
-            f"with 1 to half as many survivors, or {clients - 1} with 0"
+            f"{degree} neighbours of whom {least} must survive on either side: {clients} clients have an even number of them "
+            f"below {clients - 1}, at most half of whom must survive, or {clients - 1} and no such demand"
         )
     if not _inseparable(clients, degree // 2, least, corrupt):
         raise Refused(

@@ -133,6 +133,18 @@ class UpdateSum(_Table):
         integers[self.dimension :] = weight, weight * loss_steps, 0
         return (integers & _mask(self.bits)).astype(np.uint32)
 
+    def why_unfit(self, mean: Doubles, survivors: int) -> str:
+        """Why ``clip`` does not suit a mean update [dimension], for a person; empty where it does.
+
+        Far below the update's values it leaves their signs; far above, the rounding of ``survivors`` clients outweighs them.
+        """
+        size, share = float(np.sqrt(np.mean(np.square(mean)))), math.sqrt(survivors)
+        if size > self.clip / (2 * share):
+            return f"secagg.clip = {self.clip:g} cuts off most of what clients send; raise it"
+        if size < self.granularity / share:
+            return f"secagg.clip = {self.clip:g} rounds clients' values to {self.granularity:.1g}, as much as the update; lower it"
+        return ""
+
     def nothing(self, random: RandomBytes) -> Integers:  # noqa: ARG002 - as of sums with noise
         """What a client sends [size] whose training failed: weight zero, so that who drops does not depend on data."""
         integers = np.zeros(self.size, np.uint32)
@@ -158,6 +170,7 @@ class UpdateSum(_Table):
         weight, loss, failed = sums[self.dimension :].tolist()
         if weight <= 0:
             raise RoundFailed(f"the training of all {survivors} clients failed, or what they sent adds up to nothing")
+        _check_possible(weight <= survivors * self.weight_cap and 0 <= failed <= survivors and 0 <= loss <= weight * self._largest)
         mean = sums[: self.dimension] * (self.granularity / weight)
         return Means(mean, None, loss / weight / self._largest * LARGEST_LOSS, int(weight), int(failed))
 
@@ -244,6 +257,9 @@ class ScoreSum(_Table):
         examples, correct, loss, *histogram = _centred(total, self.bits).astype(np.int64).tolist()
         if examples <= 0:
             raise RoundFailed(f"none of {survivors} clients had examples to evaluate on")
+        counts = sum(histogram) <= survivors and min(histogram) >= 0 and max(histogram) > 0
+        most = examples * LARGEST_LOSS / self.granularity + survivors  # each client's loss is rounded once
+        _check_possible(counts and examples <= survivors * self.weight_cap and 0 <= correct <= examples and 0 <= loss <= most)
         return Scores(examples, correct / examples, loss * self.granularity / examples, tuple(histogram))
 
 
@@ -319,6 +335,11 @@ def _check_survivors(numbers: UpdateSum | ScoreSum, survivors: int) -> None:
         raise RoundFailed(
             f"a sum of {survivors} survivors is not read: it takes {numbers.minimum_survivors} to {numbers.cohort} of them"
         )
+
+
+def _check_possible(possible: bool) -> None:
+    if not possible:
+        raise RoundFailed("some client sent numbers that no client can have; in a sum nobody can be seen, and the sum is not used")
 
 
 def _accept(sent: npt.NDArray[Any], size: int, bits: int) -> Doubles:

@@ -50,6 +50,7 @@ def sign_trust(
     if not 1 <= len(population.encode()) <= 64:
         raise Refused(f"a population has a name of 1 to 64 bytes, got {population!r}")
     _check_committee(member_keys, threshold, corrupt)
+    _check_roles(root.public, enrolment_key, member_keys)
     parts = (population, enrolment_key, threshold, corrupt, tuple(member_keys))
     return TrustBundle(*parts, root.sign(TRUST, TrustBundle(*parts, bytes(64)).content()))
 
@@ -62,6 +63,7 @@ def check_trust(trust: TrustBundle, root_key: bytes) -> None:
     """
     verify(ED25519, root_key, trust.signature, TRUST, trust.content())
     _check_committee(trust.member_keys, trust.threshold, trust.corrupt_members)
+    _check_roles(root_key, trust.enrolment_key, trust.member_keys)
 
 
 def _check_committee(keys: Sequence[bytes], t: int, c: int) -> None:
@@ -72,8 +74,21 @@ def _check_committee(keys: Sequence[bytes], t: int, c: int) -> None:
         raise Refused("two members of the committee have one key")
 
 
+def _check_roles(root: bytes, enrolment: bytes, members: Sequence[bytes]) -> None:
+    if root == enrolment:
+        raise Refused("the key that signs trust bundles must not enrol clients: use another enrolment key")
+    if root in members or enrolment in members:
+        raise Refused("a member's key is the one that signs trust bundles or enrols clients: every role has a key of its own")
+
+
 def issue_certificate(enrolment: Signer, population: str, algorithm: int, public_key: bytes, not_after: int) -> Certificate:
-    """The enrolment key's certificate for an identity, good until ``not_after`` (Unix seconds)."""
+    """The enrolment key's certificate for an identity, good until ``not_after`` (Unix seconds).
+
+    Raises:
+        Refused: the identity is the enrolment key itself.
+    """
+    if public_key == enrolment.public:
+        raise Refused("a client's identity is a key of its own, not the key that enrols")
     parts = (population, algorithm, public_key, not_after)
     return Certificate(*parts, enrolment.sign(CERTIFICATE, Certificate(*parts, bytes(64)).content()))
 

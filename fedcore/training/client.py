@@ -172,13 +172,17 @@ class Clients:
     def _refuses(self, client: int, plan: LocalPlan) -> str:
         return plan.dp.why_not(len(self.data.clients[client]), plan.batch_size) if plan.dp else ""
 
-    def evaluate(self, values: Tensor, clients: Iterable[int], task: RoundTask) -> Iterator[tuple[int, Score]]:
-        """Score the parameters ``values`` [d] on each client's own held-out examples."""
+    def evaluate(self, values: Tensor, clients: Iterable[int], task: RoundTask) -> Iterator[tuple[int, Score, str]]:
+        """Score the parameters ``values`` [d] on each client's own held-out examples. One whose evaluation raises has no examples
+        and a reason, which may quote them."""
         self._freeze(task.ranges)
         load_flat(self.model, values.to(self.device))
         for client in clients:
             examples = self.data.dataset.train.take(self.data.holdout[client])
-            yield client, evaluate(self.model, self._tensor(examples.x), self._tensor(examples.y))
+            try:
+                yield client, evaluate(self.model, self._tensor(examples.x), self._tensor(examples.y)), ""
+            except Exception as error:  # noqa: BLE001 - a user's model may raise anything; the other clients go on
+                yield client, Score(0, 0, 0.0), f"evaluation failed: {_first_line(error)}"
 
     def vanishes(self, client: int, round_number: int) -> str:
         """The step of a round at which a simulated client is lost: `CHECK_IN`, `WORK` or `AFTERWARDS`; empty if it stays."""

@@ -264,3 +264,30 @@ def test_no_secret_reaches_files_or_output(tmp_path, monkeypatch, capfd, caplog)
     for secret in secrets:
         shown = (secret, secret.hex().encode(), base64.b64encode(secret), repr(secret).encode())
         assert not any(form in text for form in shown for text in left)
+
+
+def test_a_long_name_of_a_run_is_no_obstacle(tmp_path):
+    rounds, _ = run(tmp_path / "run", run={"rounds": 1, "name": "\N{SNOWMAN}" * 60})
+    assert rounds[0]["replies"] == 8
+
+
+def test_a_round_whose_clients_all_fail_says_why_and_tells_the_operator(tmp_path):
+    for how in ("protocol", "arithmetic"):
+        with pytest.raises(RoundFailed, match=r"all 8 clients failed.*one of the clients: update exploded"):
+            run(tmp_path / how, training={"max_update_norm": 1e-9}, secagg={"simulate": how})
+
+
+@pytest.mark.parametrize("simulate", ["protocol", "arithmetic"])
+def test_a_strategy_that_changes_the_sum_of_scores_is_refused(tmp_path, simulate):
+    (tmp_path / "mine.py").write_text(
+        "from flwr.serverapp.strategy import FedAvg\n"
+        "class Changes(FedAvg):\n"
+        "    accepts_mean = True\n"
+        "    def configure_evaluate(self, *given):\n"
+        "        messages = list(super().configure_evaluate(*given))\n"
+        "        for message in messages:\n"
+        "            next(iter(message.content.config_records.values()))['scores-cohort'] = 7\n"
+        "        return messages\n"
+    )
+    with pytest.raises(Refused, match="the strategy changed scores-cohort from 8 to 7"):
+        run(tmp_path / "run", evaluation={"federated_every": 1}, strategy={"name": "mine:Changes"}, secagg={"simulate": simulate})

@@ -56,8 +56,9 @@ def work(message: Message, context: Context) -> Message:
         participants=_participants(assembly, context) if assembly.secured else None,
     )  # fmt: skip
     replies = cohort.send_and_receive([Message(message.content, _client(context), message.metadata.message_type)])
-    if not replies:  # what training failed with may tell of the data, and stays in this node's log
-        _LOG.warning("no upload: %s", "; ".join(reason for _, reason in cohort.observed.dropped))
+    for _, reason in cohort.observed.dropped:  # which may tell of the data, and stays here
+        _LOG.warning("this client contributes nothing: %s", reason)
+    if not replies:
         raise ClientFailure("secure aggregation: this node made no upload; its log says why")
     return Message(replies[0].content, reply_to=message)
 
@@ -65,7 +66,7 @@ def work(message: Message, context: Context) -> Message:
 def _participants(assembly: Assembly, context: Context) -> NodeParticipants:
     if assembly.secured is None:
         raise Refused("secure aggregation: this node's scenario lacks [secagg] enabled = true")
-    return NodeParticipants(context, assembly.secured.policy)
+    return NodeParticipants(context, assembly.secured.demands)
 
 
 def _client(context: Context) -> int:

@@ -1,4 +1,8 @@
-"""A node's part in secure aggregation: its identity in a directory, and the key of its visit in the SuperNode's memory."""
+"""A node's part in secure aggregation: its identity in a directory, and the key of its visit in the SuperNode's memory.
+
+Flower takes over what a ClientApp changed in that memory only after its reply has gone. That a visit's key is used is therefore
+noted in the node's directory, durably, before anything is trained: a process that dies in between leaves no key that masks again.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Context
 
 from fedcore.errors import Refused
-from fedcore.secagg.participant import Accepted, Participant, Visit, enrolled_participant
-from fedcore.secagg.plan import Policy
+from fedcore.secagg.participant import Accepted, Demands, Participant, Visit, claim_visit, enrolled_participant
 from fedcore.secagg.sums import Summation
 
 __all__ = ["NodeParticipants"]
@@ -18,11 +21,10 @@ _STATE = "secagg"
 
 
 class NodeParticipants:
-    """The one client of a node. Its key of a visit lives in Flower's state of the node, which ends with the SuperNode's process,
-    and is gone from it before anything is trained."""
+    """The one client of a node. Its key of a visit lives in Flower's state of the node, which ends with the SuperNode's process."""
 
-    def __init__(self, context: Context, policy: Policy) -> None:
-        self._context, self._policy = context, policy
+    def __init__(self, context: Context, demands: Demands) -> None:
+        self._context, self._demands = context, demands
 
     def check_in(self, client: int, visit: Visit) -> bytes:  # noqa: ARG002 - as of grids with several clients
         """See `Participants`; whatever an earlier check-in left behind is gone."""
@@ -37,10 +39,16 @@ class NodeParticipants:
         record = self._context.state.pop(_STATE, None)
         if not isinstance(record, ConfigRecord) or (record["task"], record["epoch"]) != (visit.task, visit.epoch):
             raise Refused("this node has not checked in for this round, or has uploaded already; its SuperNode may have restarted")
-        return self._participant().accept(bytes(record["key"]), visit, invitation, model_hash, summation)  # type: ignore[arg-type]
+        accepted = self._participant().accept(bytes(record["key"]), visit, invitation, model_hash, summation)  # type: ignore[arg-type]
+        claim_visit(self._directory / "used", visit)
+        return accepted
 
     def _participant(self) -> Participant:
+        return enrolled_participant(self._directory, self._demands)
+
+    @property
+    def _directory(self) -> Path:
         directory = self._context.node_config.get("enrolment")
         if not isinstance(directory, str):
             raise Refused("this SuperNode is not enrolled; start it with --node-config 'partition-id=0 enrolment=\"DIR\"'")
-        return enrolled_participant(Path(directory), self._policy)
+        return Path(directory)

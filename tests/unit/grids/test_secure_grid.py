@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import numpy as np
 import pytest
@@ -15,8 +16,10 @@ from fedcore.coordinator.secure import simulated_trust
 from fedcore.errors import Refused, RoundFailed, TryAgain
 from fedcore.flower import facts_of, from_record, to_record
 from fedcore.grids.cohort import CohortGrid
-from fedcore.grids.protocol import check_in_of, visit_of
-from fedcore.secagg.messages import CheckIn
+from fedcore.grids.protocol import check_in_of, hash_work, visit_of
+from fedcore.secagg.crypto import Ed25519Key
+from fedcore.secagg.member import Member
+from fedcore.secagg.messages import SCREENING, CheckIn, Refusal, Screening
 from fedcore.secagg.sums import ScoreSum
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
@@ -57,8 +60,8 @@ class Transport:
 
 
 class Bench:
-    def __init__(self, spoil=lambda reply: reply, **secagg):
-        config = parse_config({**SCENARIO, "secagg": {**SCENARIO["secagg"], **secagg}}, "test", None)
+    def __init__(self, spoil=lambda reply: reply, scenario=None, **secagg):
+        config = parse_config({**SCENARIO, **(scenario or {}), "secagg": {**SCENARIO["secagg"], **secagg}}, "test", None)
         assembly = assemble(config)
         self.secured, self.layout = assembly.secured, assembly.layout
         trust = simulated_trust(config, assembly.secured)
@@ -75,7 +78,7 @@ class Bench:
         release = self.secured.updates if kind == MessageType.TRAIN else self.secured.scores
         task = dataclasses.replace(RoundTask(1, LocalPlan(1, 8, 0.1), 100.0, release=release), **changes)
         content = RecordDict({"arrays": to_record(self.layout, self.master), "config": ConfigRecord(task.to_table())})
-        return [Message(content, client, kind) for client in range(6)]
+        return [Message(content, client, kind) for client in range(release.cohort)]
 
     def run(self, kind=MessageType.TRAIN, **changes):
         """The one reply's facts, and the model in it where it has one."""
@@ -107,7 +110,7 @@ def test_a_member_that_fails_costs_nothing_while_enough_others_answer(expected, 
     facts, model = bench.run()
     assert np.array_equal(model, expected)
     (told,) = facts.secure
-    assert told["members"] == ([1, 3, 4] if step == "offer" else [1, 2, 3, 4])
+    assert told["members"] == ([1, 3, 4] if step in {"offer", "approve"} else [1, 2, 3, 4])
     assert told["survivors"] == 6
     if step != "approve":  # whose attempt is forgotten with its number
         assert list(told["silent"]) == ["2"]
@@ -319,3 +322,114 @@ def test_two_rounds_share_no_mask():
     first, second = bench.run()[1], bench.run()[1]
     assert np.array_equal(first, second)
     assert (uploads[0] == uploads[1]).mean() < 0.01
+
+
+def refusing(member, clients):
+    """Let a member of this process refuse uploads that nothing is wrong with, and sign that."""
+    (inner,) = (value for value in vars(member).values() if isinstance(value, Member))
+    (key,) = (value for value in vars(inner).values() if isinstance(value, Ed25519Key))
+    honest = member.screen
+
+    def screen(request):
+        refused = tuple(Refusal(client, "its box does not open") for client in clients)
+        answer = dataclasses.replace(Screening.decode(honest(request)), refused=refused)
+        return dataclasses.replace(answer, signature=key.sign(SCREENING, answer.content())).encode()
+
+    member.screen = screen
+
+
+def test_a_refused_upload_is_told_to_the_operator_with_the_member_that_refused_it():
+    bench = Bench()
+    refusing(bench.members[1], [4])
+    facts, _ = bench.run()
+    (told,) = facts.secure
+    assert (told["survivors"], told["refused"]) == (5, {"1": 1})
+    assert bench.grid.observed.dropped == ((4, "its upload was refused (member 1: its box does not open)"),)
+    assert 4 not in bench.grid.observed.clients
+
+
+def test_a_member_that_refuses_too_many_is_done_without(expected):
+    bench = Bench()
+    refusing(bench.members[1], [0, 1, 2, 3])
+    facts, model = bench.run()
+    assert np.array_equal(model, expected)
+    assert facts.secure[0]["members"] == [2, 3, 4]
+    assert "member 1: its box does not open" in dict(bench.grid.observed.dropped)[0]
+    refusing(bench.members[2], [0, 1, 2, 3])  # a second one, and too few are left
+    with pytest.raises(RoundFailed, match="too few members of the committee are left: member 2 refused 4 uploads"):
+        bench.run()
+
+
+def test_a_client_that_never_answers_takes_the_others_no_time(monkeypatch):
+    """It is waited for, but not until nothing is left of the round."""
+    bench, clock = Bench(), [time.time()]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    inner, waited = bench.transport.inner.send_and_receive, []
+
+    def waiting(messages, *, timeout=None):
+        replies = inner([message for message in messages if message.metadata.dst_node_id != 5], timeout=timeout)
+        clock[0] += timeout
+        waited.append(timeout)
+        return replies
+
+    bench.transport.inner.send_and_receive = waiting
+    for timeout in (3600, 600, 24 * 3600.0, None):
+        waited.clear()
+        (reply,) = bench.grid.send_and_receive(bench.messages(), timeout=timeout)
+        assert facts_of(reply).survivors == 5
+        assert waited[1] > 2.5 * waited[0] or waited[1] == timeout
+
+
+def test_clients_hold_a_training_plan_to_their_own_number_of_corrupt_clients(monkeypatch):
+    """Few clients evaluate, so few of them may be corrupt; that must not be enough for a sum of updates."""
+    many = {"data": {**SCENARIO["data"], "clients": 12}, "cohort": {"evaluate_size": 4}}
+    bench = Bench(scenario=many, corrupt_fraction=0.3, minimum_survivors=6)
+    assert (bench.secured.demands.updates.corrupt_clients, bench.secured.demands.scores.corrupt_clients) == (4, 2)
+    bench.run()
+    weak = dataclasses.replace(bench.secured.terms, corrupt=2)
+    bench.grid._terms = weak
+    with pytest.raises(RoundFailed, match="given up"):
+        bench.run()
+    reasons = {reason for _, reason in bench.grid.observed.dropped}
+    assert any("allows for 2 corrupt clients; at least 4 are demanded" in reason for reason in reasons)
+
+
+def test_a_node_accepts_numbers_that_follow_from_data_it_does_not_know():
+    """Widths and largest weights that nobody set; not another cohort, nor what the scenario says."""
+    own, others = Bench().secured, Bench(weight_cap=3)
+    asked = RoundTask(1, LocalPlan(1, 8, 0.1), 100.0, release=dataclasses.replace(own.updates, weight_cap=5, bits=20))
+    own.check_task(asked, trains=True, invited=True)
+    scored = dataclasses.replace(asked, release=dataclasses.replace(own.scores, weight_cap=9))
+    own.check_task(scored, trains=False, invited=True)
+    for wrong in (dataclasses.replace(own.updates, cohort=5), dataclasses.replace(own.updates, clip=2.0)):
+        with pytest.raises(Refused, match="another sum"):
+            own.check_task(dataclasses.replace(asked, release=wrong), trains=True, invited=True)
+    with pytest.raises(Refused, match="another sum"):
+        others.secured.check_task(asked, trains=True, invited=True)
+    with pytest.raises(Refused, match="another sum"):
+        own.check_task(scored, trains=True, invited=True)
+
+
+def test_a_client_whose_evaluation_fails_scores_nothing_and_says_nothing():
+    bench = Bench()
+    clients, seen = bench.transport.inner._clients, []
+    forward = clients.model.forward
+
+    def failing_once(x):
+        if len(x) == len(clients.data.holdout[2]) and not seen:
+            seen.append(len(x))
+            raise ValueError("blood pressure 181")
+        return forward(x)
+
+    clients.model.forward = failing_once
+    facts, content = bench.run(MessageType.EVALUATE)
+    assert seen
+    assert sum(facts.histogram) == 5
+    assert facts.survivors == 6
+    assert "blood pressure" not in json.dumps([str(facts), str(content)])
+    assert "blood pressure" in str(bench.grid.observed.dropped)  # a simulation's operator holds the data anyway
+
+
+def test_the_work_s_hash_tells_bytes_from_text():
+    hashes = {hash_work(b"model", {"mine": value}) for value in (b"ab", "6162", [b"ab"], ["6162"], [b"a", b"b"])}
+    assert len(hashes) == 5

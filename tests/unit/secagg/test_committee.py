@@ -203,17 +203,21 @@ def test_the_commands_make_what_a_round_needs(tmp_path):
         ("trust show {d}/good --root {d}/m1/identity.pub", "signature (trust bundle) is not valid"),
         ("committee show {d}/ca", "cannot be read"),
         ("committee serve {d}/m1 --trust {d}/good --root {d}/m1/identity.pub", "not valid"),
-        ("committee serve {d}/m2 --trust {d}/good --root {d}/ca/signing.pub", "names no member with the key"),
-        ("committee serve {d}/m1 --trust {d}/good --root {d}/ca/signing.pub --policy {d}/policy.toml", "survivors; keys are"),
+        ("trust bundle {d}/ca {bundle} --member {d}/m1/identity.pub --threshold 1 --corrupt 0", "must not enrol clients"),
+        ("trust bundle {d}/root {bundle} --member {d}/ca/signing.pub --threshold 1 --corrupt 0", "every role has a key"),
+        ("enrol-ca sign {d}/ca --key {d}/ca/signing.pub --population p --out {d}/c", "not the key that enrols"),
+        ("committee serve {d}/m2 --trust {d}/good --root {d}/root/signing.pub", "names no member with the key"),
+        ("committee serve {d}/m1 --trust {d}/good --root {d}/root/signing.pub --policy {d}/policy.toml", "survivors; keys are"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_one_line(line, text, tmp_path):
     for a in (1, 2):
         made("committee", "keygen", "--out", tmp_path / f"m{a}")
     made("enrol-ca", "keygen", "--out", tmp_path / "ca")
+    made("trust", "keygen", "--out", tmp_path / "root")
     (tmp_path / "policy.toml").write_text("survivors = 3\n")
     bundle = ("--population", "p", "--member", tmp_path / "m1" / "identity.pub", "--threshold", 1, "--corrupt", 0)
-    done = fedcore("trust", "bundle", tmp_path / "ca", *bundle, "--enrol-ca", tmp_path / "ca" / "signing.pub", "--out",
+    done = fedcore("trust", "bundle", tmp_path / "root", *bundle, "--enrol-ca", tmp_path / "ca" / "signing.pub", "--out",
                    tmp_path / "good")  # fmt: skip
     assert done.exit_code == 0, done.output
     more = f"--population p --enrol-ca {tmp_path}/ca/signing.pub --out {tmp_path}/b"

@@ -185,3 +185,42 @@ def test_header_numbers_name_every_extra_coordinate():
     assert [block.name for block in numbers["layout"]] == ["unclipped", "train_loss"]
     with pytest.raises(Refused, match="the clients' shares"):
         header_numbers(plan_release(7, 1.0, 1.0, 8))
+
+
+def test_scores_that_no_clients_can_have_are_not_published():
+    scores = ScoreSum(4, 2, 50)
+    honest = added(scores, [scores.contribution(40, 30, 12.0), scores.contribution(50, 50, 0.0), scores.contribution(0, 0, 0.0)])
+    assert scores.publish(honest, 3).accuracy == 80 / 90
+    for place, value in ((0, 200), (1, 91), (1, -1), (2, -5), (2, 2**30), (3, -1), (10, 7)):
+        hostile = honest.copy()
+        hostile[place] = value % 2**32
+        with pytest.raises(RoundFailed, match="no client can have"):
+            scores.publish(hostile, 3)
+    without = honest.copy()
+    without[3:] = 0
+    with pytest.raises(RoundFailed, match="no client can have"):
+        scores.publish(without, 3)
+
+
+def test_weights_and_losses_that_no_clients_can_have_are_not_published():
+    plan = plan_update_sum(3, 4, minimum_survivors=2, clip=1.0, weight_cap=10)
+    total = added(plan, [plan.contribution(np.full(3, 0.25), 7, 1.0, randomness(i)) for i in range(3)])
+    assert plan.publish(total, 3, randomness()).examples == 21
+    for place, value in ((3, 31), (4, -1), (4, 2**22), (5, 4), (5, -1)):
+        hostile = total.copy()
+        hostile[place] = value % 2**plan.bits
+        with pytest.raises(RoundFailed, match="no client can have"):
+            plan.publish(hostile, 3, randomness())
+
+
+def test_a_clip_that_does_not_suit_the_updates_is_told():
+    updates = np.random.default_rng(0).normal(0, 0.01, (20, 500))
+
+    def told(clip):
+        plan = plan_update_sum(500, 20, minimum_survivors=2, clip=clip, weight_cap=1)
+        total = added(plan, [plan.contribution(update, 1, 0.0, randomness(str(clip), i)) for i, update in enumerate(updates)])
+        return plan.why_unfit(plan.publish(total, 20, randomness()).update, 20)
+
+    assert "raise it" in told(1e-4)
+    assert "lower it" in told(1e6)
+    assert told(1.0) == told(0.05) == ""

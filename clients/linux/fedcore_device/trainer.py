@@ -131,6 +131,8 @@ class _Loop:
         self.clip = privacy.clipping_norm if privacy else math.inf
         self.accumulate.probe(task.start, self.clip)
         self.noise = GaussianNoise(progress.noise_key, len(task.start), progress.step) if privacy else None
+        self.pull = task.plan.weight_decay + task.plan.proximal_mu
+        self.anchor = task.start * np.float32(task.plan.proximal_mu) if task.plan.proximal_mu else None
         self.scratch = np.empty_like(task.start)
 
     def take(self, rows: npt.NDArray[np.int64]) -> None:
@@ -140,13 +142,11 @@ class _Loop:
         gradient, loss = self.accumulate(values, self.x, self.labels, rows, self.clip)
         if self.noise and plan.privacy:
             self.noise.add(gradient, plan.privacy.noise_multiplier * self.clip)
-        gradient /= np.float32(plan.batch_size if plan.privacy else len(rows))
-        if plan.weight_decay:
-            gradient += np.multiply(values, np.float32(plan.weight_decay), out=scratch)
-        if plan.proximal_mu:
-            np.subtract(values, self.task.start, out=scratch)
-            scratch *= np.float32(plan.proximal_mu)
-            gradient += scratch
+        gradient *= np.float32(1 / (plan.batch_size if plan.privacy else len(rows)))
+        if self.pull:  # weight decay w and the proximal term mu: (w + mu) values - mu start
+            gradient += np.multiply(values, np.float32(self.pull), out=scratch)
+        if self.anchor is not None:
+            gradient -= self.anchor
         if velocity is not None:
             velocity *= np.float32(plan.momentum)
             velocity += gradient

@@ -141,7 +141,7 @@ def _options(limits: Limits, share_port: bool) -> tuple[tuple[str, int], ...]:
         ("grpc.max_receive_message_length", limits.message),
         ("grpc.max_concurrent_streams", limits.streams),
         ("grpc.per_message_decompression", 0),  # a small message could become a large one
-        ("grpc.http2.bdp_probe", 0),  # what is sent and not yet read stays within the streams' first windows
+        ("grpc.http2.bdp_probe", 0),  # what is sent and not yet read stays within the first windows of streams
         ("grpc.server_handshake_timeout_ms", int(1000 * limits.handshake)),
         ("grpc.max_connection_idle_ms", int(1000 * limits.idle)),
         ("grpc.max_connection_age_ms", int(1000 * limits.age)),

@@ -6,7 +6,7 @@
 The gateway is ``--gateways`` processes that share a port and a SQLite store; the clients are one process more, on the same machine.
 Keys: ``checkins_per_second`` (authenticated, on warm connections), ``fresh_checkins_per_second`` (each with a new TLS connection),
 ``uploads_per_second`` (plain updates of ``--upload-bytes``, answered once durably summed), ``p99_ms`` (of warm check-ins),
-``bytes_per_waiting_device`` (gateway memory for a device whose check-in is held on a TLS connection of its own), and by kind of call
+``bytes_per_waiting_device`` (gateway memory for a device whose check-in is held on a TLS connection of its own), and by call
 ``cpu_ms``: processor milliseconds a call of the gateways and of the clients, which do not depend on what else the machine does.
 
 ``--pace`` is a virtual clock: a day and a half of a fleet of a million that may check in at night, with an outage of an hour, and

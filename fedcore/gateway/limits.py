@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.refusals import GatewayRefusal
 
 __all__ = ["Buckets", "Limits", "ReadingRoom"]
+
+_QUEUE = 4  # times the patience for one request that others wait for a seat
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class ReadingRoom:
         self._seats = asyncio.Semaphore(limits.reading)
         self._of: dict[str, list[asyncio.Semaphore]] = {}  # an address's semaphore, once for everybody who uses it
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def seat(self, address: str) -> AsyncIterator[None]:
         """A seat, until what is inside is done.
 
@@ -80,8 +82,12 @@ class ReadingRoom:
         own = users[0] if users else asyncio.Semaphore(self._limits.from_one)
         users.append(own)
         try:
-            async with asyncio.timeout(self._limits.patience), own, self._seats:
-                yield
+            async with contextlib.AsyncExitStack() as taken:
+                async with asyncio.timeout(_QUEUE * self._limits.patience):
+                    await taken.enter_async_context(own)
+                    await taken.enter_async_context(self._seats)
+                async with asyncio.timeout(self._limits.patience):
+                    yield
         except TimeoutError:
             raise GatewayRefusal(pb.BUSY, "the request did not arrive in time", retry_after=1000) from None
         finally:

@@ -402,7 +402,7 @@ class Gateway:
         facts = {field.name: value for field, value in body.ListFields() if field.name not in {"token", "text"}}
         said = json.dumps(facts | {"text": one_line(body.text)[:_TEXT]})
         await self._committer.note(token.round_key, REPORT, Note(caller.device.id, said, self._clock()))
-        over = not one.running
+        over = not one.running or self._clock() > one.document.until
         return pb.ReportReply(stop=over, reason=(one.document.reason or "the round is over") if over else "")
 
     async def _forget(self, request: pb.SignedRequest) -> pb.ForgetReply:

@@ -24,6 +24,7 @@ from fedcore.portable.links import (
     Link,
     Normalise,
     Parameters,
+    Ramp,
     Relu,
     Relu6,
     Round,
@@ -36,7 +37,7 @@ from fedcore.portable.parts import Part
 from fedcore.portable.weighted import Dense, convolution
 from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, quantizers
 
-__all__ = ["step_form", "step_graph"]
+__all__ = ["kinked_layers", "step_form", "step_graph"]
 
 _KNOWN = (
     "Linear, Conv1d, Conv2d and their quantized forms, ReLU, ReLU6, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, "
@@ -56,12 +57,12 @@ def step_form(model: nn.Module, input_shape: tuple[int, ...], classes: int, batc
 
 
 def step_graph(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, clips: bool, dtype: Any = np.float32
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, clips: bool, dtype: Any = np.float32, ramp: float = 0.0
 ) -> tuple[bytes, StepForm]:
     """The training step of ``model`` for ``batch`` inputs of ``input_shape``, as the bytes of an ONNX file, and its form.
 
-    The same model gives the same bytes; values of parameters and of activation ranges are not part of them. ``dtype`` float64
-    is for comparisons.
+    The same model gives the same bytes; values of parameters and of activation ranges are not part of them. For comparisons alone
+    are ``dtype`` float64 and ``ramp``: that times the number of its pixel is added to every input of the `kinked_layers`.
 
     Raises:
         Refused: a layer that is not known, or layers that do not fit together; the line names it.
@@ -72,7 +73,7 @@ def step_graph(
     nodes = Nodes(dtype)
     inputs = {name: Value(name, shape) for name, shape in form.inputs().items()}
     parameters = _parameters(nodes, model, inputs)
-    links = _links(model, input_shape, parameters, _grids(nodes, inputs, form.quantizers))
+    links = _links(model, input_shape, parameters, _grids(nodes, inputs, form.quantizers), ramp)
     classes = links[-1].frame.channels
     form = step_form(model, input_shape, classes, batch, clips=clips)
     inputs["y"] = Value("y", (batch, classes))
@@ -99,7 +100,7 @@ def _grids(nodes: Nodes, inputs: dict[str, Value], names: tuple[str, ...]) -> di
 
 
 def _links(
-    model: nn.Module, input_shape: tuple[int, ...], parameters: Parameters, grids: dict[str, list[Value]]
+    model: nn.Module, input_shape: tuple[int, ...], parameters: Parameters, grids: dict[str, list[Value]], ramp: float
 ) -> list[Link]:  # fmt: skip
     """The layers in a row, with the frames that they hand on."""
     if type(model) is not nn.Sequential:
@@ -107,6 +108,7 @@ def _links(
     links: list[Link] = []
     layers = list(_layers(model))
     owners: dict[int, str] = {}
+    ramped = kinked_layers(model) if ramp else []
     frame = Frame(input_shape[0], input_shape[1:] or None)
     if layers and type(layers[0][1]) is nn.Flatten:
         frame = Frame(prod(input_shape), None)
@@ -114,6 +116,8 @@ def _links(
         for parameter in layer.parameters():
             if owners.setdefault(id(parameter), name) != name:
                 raise refuse(name, layer, f"has a parameter of layer {owners[id(parameter)]} too")
+        if layer in ramped:
+            links.append(Ramp(frame, ramp))
         for link in _of_layer(name, layer, frame, parameters, grids):
             if isinstance(link, Largest) and links and isinstance(links[-1], Relu):
                 links[-1].frame = link.frame
@@ -124,6 +128,21 @@ def _links(
     if not links or frame.extent is not None:
         raise Refused("training step: the model must end with logits [batch, classes]; put a Flatten in front of its last layer")
     return links
+
+
+def kinked_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers whose gradient hangs on a comparison that rounded values leave open.
+
+    Sums of products of integers are often equal, or zero; in floating point the order of the sum then decides which of two pixels
+    is the larger, or on which side of zero one lies. A pooling behind a rectifier is compared by what the rectifier was given.
+    """
+    found: list[nn.Module] = []
+    before: nn.Module | None = None
+    for _, layer in _layers(model) if type(model) is nn.Sequential else ():
+        if type(layer) in (nn.ReLU, nn.ReLU6) or (type(layer) in _LARGEST and type(before) is not nn.ReLU):
+            found.append(layer)
+        before = layer
+    return found
 
 
 def _layers(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:

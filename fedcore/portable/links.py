@@ -18,7 +18,10 @@ from fedcore.portable.nodes import Nodes, Value
 from fedcore.portable.parts import Part, Rows
 from fedcore.portable.windows import extent_of, inverse, pooling_matrix, pooling_table
 
-__all__ = ["Average", "Flatten", "Frame", "Largest", "Link", "Normalise", "Parameters", "Relu", "Relu6", "Round", "Sigmoid", "Tanh"]
+__all__ = [
+    "Average", "Flatten", "Frame", "Largest", "Link", "Normalise", "Parameters", "Ramp", "Relu", "Relu6", "Round", "Sigmoid",
+    "Tanh", "over_pixels", "refuse",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,22 @@ class Relu(_Pointwise):
 
     def back(self, nodes: Nodes, errors: Value) -> Value:
         return nodes.masked(errors, nodes.binary("Greater", self._output, nodes.constant(0)))
+
+
+class Ramp(_Pointwise):
+    """Adds ``step`` times the number of the pixel, from one; see `graph.step_graph`."""
+
+    def __init__(self, frame: Frame, step: float) -> None:
+        super().__init__(frame)
+        self._step = step
+
+    def forward(self, nodes: Nodes, x: Value) -> Value:
+        places = self.frame.channels if self.frame.extent is None else self.frame.pixels
+        ramp = nodes.constant(self._step * np.arange(1, places + 1))
+        return nodes.binary("Add", x, ramp if self.frame.extent is None else nodes.reshape(ramp, places, 1))
+
+    def back(self, nodes: Nodes, errors: Value) -> Value:  # noqa: ARG002 - nothing is left to write
+        return errors
 
 
 class Relu6(_Pointwise):

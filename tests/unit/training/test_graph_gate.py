@@ -1,5 +1,6 @@
 """No step that computes something else is handed out, and what passed the gate once is known by its content."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import nn
 import fedcore.portable.step as step_module
 from fedcore.errors import Refused, TryAgain
 from fedcore.models import ZOO
-from fedcore.portable import graph, links, parts, weighted
+from fedcore.portable import gate, graph, links, parts, weighted
 from fedcore.portable.step import portable_step
 from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware, quantizers
 
@@ -38,6 +39,37 @@ def test_every_model_of_the_zoo_passes(name, quantized):
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.dtype is torch.float32 for p in model.parameters())
     assert not portable_step(model, SHAPES[name], batch=1, unit="client").form.clips
+
+
+def test_pixels_that_are_equal_but_for_rounding_errors_miss_no_gate():
+    """Sums of products of integers: with so many windows some of the largest two are equal, and any order of adding is right."""
+    torch.manual_seed(1)
+    model = ZOO["imu_cnn"]((6, 200), 10)
+    calibrate(make_quantization_aware(model), [torch.randn(20, 6, 200)])
+    step = portable_step(model, (6, 200), batch=16, unit="example")
+    assert step.data == graph.step_graph(model, (6, 200), batch=16, clips=True)[0]
+    assert {type(layer) for layer in graph.kinked_layers(model)} == {nn.ReLU}
+    pools = nn.Sequential(nn.MaxPool1d(2), nn.ReLU(), nn.MaxPool1d(2))
+    assert graph.kinked_layers(pools) == [pools[0], pools[1]]
+
+
+def test_single_precision_may_miss_on_some_examples_but_not_on_all(monkeypatch):
+    right, missed = gate._judge, []
+
+    def misses(model, step, trial, allowed, times):
+        if step.single and len(missed) < times:
+            missed.append(trial.x)
+            raise Refused("two pixels that differ by one unit in the last place")
+        right(model, step, trial, allowed)
+
+    model = network("mlp", False)
+    monkeypatch.setattr(gate, "_judge", functools.partial(misses, times=2))
+    portable_step(model, SHAPES["mlp"], batch=3, unit="")
+    assert len({x.tobytes() for x in missed}) == 2
+    missed.clear()
+    monkeypatch.setattr(gate, "_judge", functools.partial(misses, times=3))
+    with pytest.raises(Refused, match="one unit in the last place"):
+        portable_step(model, SHAPES["mlp"], batch=3, unit="")
 
 
 def test_before_the_ranges_are_frozen_weights_alone_are_rounded():

@@ -21,7 +21,7 @@ __all__ = ["WIDTHS", "Words", "add_masks", "add_packed", "pack", "packed_length"
 
 Words = npt.NDArray[np.unsignedinteger[Any]]
 WIDTHS = (16, 20, 24, 32)
-_BLOCK = 1 << 16  # bytes: expanded and added while it is in the core's cache
+_BLOCK = 1 << 17  # bytes: expanded and added while it is in the core's cache
 _ZEROS = bytes(_BLOCK)
 _STREAMS = 256  # ciphers open at a time
 _GCM_STARTS = 32  # bytes of the keystream before those of GCM

@@ -68,9 +68,9 @@ def test_the_faster_way_is_taken_for_long_vectors_only(monkeypatch):
     gcm = masks_module._gcm
     monkeypatch.setattr(masks_module, "_gcm", lambda seed: (used.append(seed), gcm(seed))[1])
     monkeypatch.setattr(masks_module, "_gcm_is_faster", lambda: True)
-    add_masks(zeros(32_768, 16), [bytes(32)])
+    add_masks(zeros(masks_module._BLOCK // 2, 16), [bytes(32)])
     assert used == []
-    add_masks(zeros(32_769, 16), [bytes(32)])
+    add_masks(zeros(masks_module._BLOCK // 2 + 1, 16), [bytes(32)])
     assert used == [bytes(32)]
 
 

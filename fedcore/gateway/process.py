@@ -23,10 +23,11 @@ from typing import Any
 from fedcore.errors import FedcoreError, Refused
 from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.commits import Committer
+from fedcore.gateway.door import GatewaySettings
 from fedcore.gateway.limits import Limits
 from fedcore.gateway.messages import FleetTrust
 from fedcore.gateway.pace import Pace
-from fedcore.gateway.service import Gateway, GatewaySettings
+from fedcore.gateway.service import Gateway
 from fedcore.gateway.tls import is_loopback, read_tls
 from fedcore.secagg.committee_wire import endpoint_of
 from fedcore.secagg.crypto import digest

@@ -230,7 +230,7 @@ def check_mean(replies, master, numbers):
     assert len(facts_of(reply).clients) == len(numbers)
 
 
-@pytest.mark.parametrize("store", ["sqlite", "redis"])
+@pytest.mark.parametrize("store", ["sqlite", pytest.param("redis", marks=pytest.mark.slow)])
 def test_a_round_survives_gateways_that_are_killed_between_uploads(tmp_path, store):
     """Two replicas, one of them killed with -9 again and again while ten devices upload: the mean is exact."""
     redis = redis_of_the_contracts() if store == "redis" else None

@@ -29,6 +29,7 @@ Out = Annotated[Path, typer.Option(help="A new directory for the keys; an existi
 Directory = Annotated[Path, typer.Argument(help="The directory that keygen made.", metavar="DIR")]
 Root = Annotated[Path | None, typer.Option(help="Public key that signs trust bundles, had from elsewhere.", metavar="FILE")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+FleetTrustFile = Annotated[Path, typer.Option("--trust", help="The fleet's trust bundle (fleet.trust).", metavar="FILE")]
 
 
 @committee.command(name="keygen")
@@ -164,6 +165,86 @@ def enrol_ca_sign(
         print(f"{out}: identity {certificate.name} of {population!r}, until {_moment(certificate.not_after)}")
 
 
+@enrol_ca.command(name="token")
+def enrol_ca_token(
+    directory: Directory,
+    fleet: FleetTrustFile,
+    count: Annotated[int, typer.Option(help="How many.", min=1, max=100_000)] = 1,
+    hours: Annotated[float, typer.Option(help="Hours until they end.", min=0.01, max=24 * 366)] = 24.0,
+) -> None:
+    """Print enrolment tokens, a line each: every one enrols one device, once. Whoever sees one can enrol with it."""
+    with clear_errors():
+        signer = _open_signer(directory, fleet)
+        try:
+            for _ in range(count):
+                print(signer.issue(hours * 3600).encode())
+        finally:
+            signer.close()
+
+
+@enrol_ca.command(name="devices")
+def enrol_ca_devices(directory: Directory, fleet: FleetTrustFile, as_json: Json = False) -> None:
+    """List the devices that were enrolled here."""
+    with clear_errors():
+        from fedcore.gateway.identity import spell
+
+        signer = _open_signer(directory, fleet)
+        found = [{"device": spell(device), "revoked": revoked} for device, revoked in signer.devices()]
+        signer.close()
+        for one in [] if as_json else found:
+            print(f"{one['device']}  {'revoked' if one['revoked'] else 'enrolled'}")
+        if as_json:
+            print(json.dumps(found))
+
+
+@enrol_ca.command(name="revoke")
+def enrol_ca_revoke(
+    directory: Directory,
+    device: Annotated[str, typer.Argument(help="A device's id: 16 hexadecimal digits.", metavar="DEVICE")],
+    fleet: FleetTrustFile,
+) -> None:
+    """Never renew a device's certificate again. Gateways refuse it at once only when it is revoked in their store too."""
+    with clear_errors():
+        if len(device) != 16 or set(device.lower()) - set("0123456789abcdef"):
+            raise Refused(f"a device's id has 16 hexadecimal digits, got {device!r}")
+        signer = _open_signer(directory, fleet)
+        try:
+            signer.revoke(int(device, 16))
+        finally:
+            signer.close()
+        print(f"device {device.lower()} is revoked")
+
+
+@enrol_ca.command(name="serve")
+def enrol_ca_serve(
+    directory: Directory,
+    fleet: FleetTrustFile,
+    listen: Annotated[str, typer.Option(help="Where gateways ask: unix:PATH, or a loopback HOST:PORT.", metavar="ADDRESS")],
+    days: Annotated[int, typer.Option(help="Days until a device's certificate ends.", min=1, max=36500)] = 365,
+) -> None:
+    """Enrol and renew devices for the gateways until SIGTERM or Ctrl-C. The address must be one that only gateways reach."""
+    with clear_errors():
+        from fedcore.gateway.enrolment import EnrolmentServer
+        from fedcore.gateway.tls import is_loopback
+
+        if not listen.startswith("unix:") and not is_loopback(listen.rpartition(":")[0].strip("[]")):
+            raise Refused(f"{listen}: the signer speaks without TLS, so it takes unix:PATH or an address of this machine alone")
+        _log_to_stderr()
+        signer = _open_signer(directory, fleet, days)
+        try:
+            server = EnrolmentServer(signer, listen)
+            server.start()
+            stopped = threading.Event()
+            for one in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(one, lambda *_: stopped.set())
+            print(f"enrolment signer listens on {server.address}", flush=True)
+            stopped.wait()
+            server.stop()
+        finally:
+            signer.close()
+        print("stopped", flush=True)
+
+
 @trust.command(name="keygen")
 def trust_keygen(out: Out, as_json: Json = False) -> None:
     """Make the key that signs trust bundles. It belongs offline; devices and members are given its public half beforehand."""
@@ -217,6 +298,18 @@ def trust_show(
             print(f"member {point:<7} {key.hex()}")
         print(f"enrolment key  {found.enrolment_key.hex()}")
         print(f"signature      {'checked' if root else 'not checked: give --root'}")
+
+
+def _open_signer(directory: Path, fleet: Path, days: int = 365) -> Any:
+    from fedcore.gateway.enrolment import LocalSigner
+    from fedcore.gateway.messages import FleetTrust
+    from fedcore.secagg.keys import SIGNING, read_signing_key
+
+    try:
+        pinned = FleetTrust.decode(fleet.read_bytes())
+    except OSError as error:
+        raise Refused(f"{fleet} cannot be read ({error.strerror})") from error
+    return LocalSigner(read_signing_key(directory / f"{SIGNING}.key"), pinned, directory / "enrolments.sqlite", days=days)
 
 
 def _read_trust(bundle: Path, root: Path) -> Any:

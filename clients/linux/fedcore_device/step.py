@@ -97,6 +97,7 @@ class Accumulate:
         if form.quantizers:
             self._given["ranges"] = range_values(ranges or {}, form.quantizers)
         self._names = list(form.outputs())
+        self._squares = np.empty(form.parameters, np.float32)
 
     def __call__(
         self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], clip: float = math.inf
@@ -154,7 +155,9 @@ class Accumulate:
         given["y"][np.arange(used), labels[rows]] = 1
         given["mask"][:used], given["mask"][used:] = 1, 0
         gradient, count, loss = self._answer()
-        norm = math.sqrt(float(np.dot(gradient, gradient)))
+        with np.errstate(over="ignore"):
+            # Not a product of BLAS, whose threads wait for each other wherever other work is running.
+            norm = math.sqrt(float(np.square(gradient, out=self._squares).sum()))
         if count != used:
             raise Refused(f"{self._name}: it counts {count:g} examples where there are {used}")
         if not math.isfinite(norm):

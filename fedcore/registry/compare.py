@@ -17,7 +17,7 @@ _STEPS = 200
 
 @dataclass(frozen=True)
 class Row:
-    """One signal. Estimates and intervals of A and B: means of rates, medians of amounts; None where nobody reported.
+    """One signal. Estimates and intervals of A and B: means of clipped rates, medians of amounts; None where nobody reported.
 
     ``difference`` is the interval of B's mean minus A's, or of B's median over A's. ``verdict`` is `A better`, `B better` or
     `no difference shown`; less is better.
@@ -41,7 +41,7 @@ def compare_releases(
 
 def _row(signal: Signal, a: Sequence[float], b: Sequence[float], alpha: float) -> Row:
     if signal.kind == "rate":
-        difference, none = _difference(a, b, alpha), 0.0
+        difference, none = _difference(signal, a, b, alpha), 0.0
     else:
         difference, none = _ratio(a, b, alpha), 1.0
     verdict = "B better" if difference[1] < none else "A better" if difference[0] > none else "no difference shown"
@@ -52,19 +52,22 @@ def _estimate(signal: Signal, values: Sequence[float], alpha: float) -> tuple[fl
     if not len(values):
         return None
     if signal.kind == "rate":
-        return (float(np.clip(values, 0, 1).mean()), *mean_interval(histogram(values), alpha))
+        votes = np.clip(np.asarray(values) / signal.clip, 0, 1)
+        low, high = mean_interval(histogram(votes), alpha)
+        return float(votes.mean()) * signal.clip, low * signal.clip, high * signal.clip
     return (float(np.median(values)), *median_interval(values, alpha))
 
 
-def _difference(a: Sequence[float], b: Sequence[float], alpha: float) -> tuple[float, float]:
-    """Differences of means that are not refuted, in steps of 1 / 200, rounded outwards."""
-    first, second, wall = histogram(a), histogram(b), np.log(2 / alpha)
+def _difference(signal: Signal, a: Sequence[float], b: Sequence[float], alpha: float) -> tuple[float, float]:
+    """Differences of clipped means that are not refuted, in steps of clip / 200, rounded outwards."""
+    first, second = (histogram(np.asarray(values, np.float64) / signal.clip) for values in (a, b))
+    wall = np.log(2 / alpha)
     low, high = -_STEPS, _STEPS
     while low < high and excess_evidence(second, first, 0, 0, (low + 1) / _STEPS) >= wall:
         low += 1
     while high > low and excess_evidence(first, second, 0, 0, -(high - 1) / _STEPS) >= wall:
         high -= 1
-    return low / _STEPS, high / _STEPS
+    return signal.clip * low / _STEPS, signal.clip * high / _STEPS
 
 
 def _ratio(a: Sequence[float], b: Sequence[float], alpha: float) -> tuple[float, float]:

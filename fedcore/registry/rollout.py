@@ -20,6 +20,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from fedcore.errors import Refused
 from fedcore.registry.confidence import allowed_liars, ceiling_evidence, excess_evidence, histogram, ratio_evidence
 
@@ -43,6 +45,7 @@ class Signal:
         limit: the harm that is still acceptable: an absolute difference of rates, or a share more of an amount.
         tolerance: harm beyond which a release is aborted as soon as it is shown; in the same units.
         ceiling: a rate that is too much whatever the control does; 1 for none.
+        clip: rates above it count as it: the lower, the fewer votes show a small difference of rates that are small.
         required: whether promotion needs it. One that is not, as energy, counts where it is reported.
     """
 
@@ -51,12 +54,13 @@ class Signal:
     kind: Literal["rate", "amount"] = "rate"
     tolerance: float = 0.0
     ceiling: float = 1.0
+    clip: float = 1.0
     required: bool = True
 
 
 SIGNALS = (
-    Signal("disagreement", 0.02),  # with the labels of the self-test batch in the release
-    Signal("errors", 0.02),
+    Signal("disagreement", 0.02, clip=0.2),  # with the labels of the self-test batch in the release
+    Signal("errors", 0.02, clip=0.2),
     Signal("crash", 0.02),  # of a load
     Signal("p95_ms", 0.25, "amount"),
     Signal("peak_bytes", 0.25, "amount"),
@@ -101,6 +105,8 @@ class Plan:
             raise Refused(f"a share of liars is below one half, got {self.corrupt:g}")
         if len({one.name for one in self.signals}) < len(self.signals) or any(one.limit <= one.tolerance for one in self.signals):
             raise Refused("every signal is named once, and its limit is above its tolerance")
+        if any(not 0 < one.clip <= 1 or (one.ceiling < 1 and one.ceiling >= one.clip) for one in self.signals):
+            raise Refused("a signal's clip is in (0, 1] and above its ceiling")
 
     def control_at(self, stage: int) -> float:
         """The share of the fleet that is the control at a stage."""
@@ -310,9 +316,9 @@ def _compared(
         fine = ratio_evidence(control, canary, *liars[::-1], 1 / (1 + signal.limit)) if whole else None
         yield Test(group, signal.name, *counts, liars, harm, wall, fine, fine_wall if whole else None)
         return
-    new, old = histogram(canary), histogram(control)
-    harm = float(excess_evidence(new, old, *liars, signal.tolerance))
-    fine = float(excess_evidence(old, new, *liars[::-1], -signal.limit)) if whole else None
+    new, old = (histogram(np.array(votes) / signal.clip) for votes in (canary, control))
+    harm = float(excess_evidence(new, old, *liars, signal.tolerance / signal.clip))
+    fine = float(excess_evidence(old, new, *liars[::-1], -signal.limit / signal.clip)) if whole else None
     yield Test(group, signal.name, *counts, liars, harm, wall, fine, fine_wall if whole else None)
     if signal.ceiling < 1:
         yield Test(
@@ -320,7 +326,7 @@ def _compared(
             f"{signal.name} at most {signal.ceiling:g}",
             *counts,
             liars,
-            float(ceiling_evidence(new, liars[0], signal.ceiling)),
+            float(ceiling_evidence(new, liars[0], signal.ceiling / signal.clip)),
             wall,
         )
 

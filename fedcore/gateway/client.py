@@ -184,8 +184,12 @@ class GatewayClient:
         digest = hashlib.sha256(data).digest()
         body = pb.UploadBody(token=token, digest=digest, data=data)
         if len(data) > LARGEST_UPLOAD:
-            self._stage(token, digest, data)
             body = pb.UploadBody(token=token, digest=digest)
+            try:
+                self._stage(token, digest, data)
+            except GatewayRefusal as refusal:
+                if refusal.reason != pb.LATE:  # the final message tells whether it was counted before the round was over
+                    raise
         return bool(self._signed("Upload", body, self._timeout)[1].repeated)
 
     def report(self, body: pb.ReportBody) -> pb.ReportReply:

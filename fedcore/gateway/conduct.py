@@ -72,10 +72,13 @@ class Conductor:
         self._store, self._deployment, self._key = store, deployment, plan_key
         self._pause, self._clock, self._sleep, self._random = pause, clock, sleep, random
         self._attempt = 0
-        self._end_abandoned()
+        self._tasks = set[str]()  # that rounds were formed for here
 
     def form(self, task: str, number: int, selection: Selection) -> Forming:
-        """Open a round for check-ins."""
+        """Open a round for check-ins; what a coordinator of this task that died left open is closed first."""
+        if task not in self._tasks:
+            self._end_abandoned(task)
+            self._tasks.add(task)
         document = RoundDocument(selection, self._clock() + selection.window)
         one = Round(secrets.token_hex(16), task, number, RoundState.FORMING, 1, document.encode())
         if not self._retried(lambda: self._store.advance(one)):
@@ -129,12 +132,19 @@ class Conductor:
             self._sleep(self._pause)
 
     def run(
-        self, forming: Forming, plans: Sequence[pb.Plan], cohort: Mapping[int, Place], uploads: UploadTerms, deadline: float
+        self, forming: Forming, plans: Sequence[pb.Plan], cohort: Mapping[int, Place], uploads: UploadTerms, deadline: float, *,
+        task: str = "", number: int = 0,
     ) -> Finished:  # fmt: skip
-        """Give the cohort its plans, which are completed and signed here, and wait until the round is decided."""
+        """Give the cohort its plans, which are completed and signed here, and wait until the round is decided.
+
+        ``task`` and ``number`` replace those that the round was formed under; devices' participations are counted by them.
+        """
         begun = self._clock()
+        changed = dataclasses.replace(forming.round, task=task or forming.round.task, number=number or forming.round.number)
+        forming = dataclasses.replace(forming, round=changed)
         selection = dataclasses.replace(forming.document.selection, deadline=min(deadline, forming.document.selection.deadline))
         until = begun + selection.deadline
+        self._tasks.add(forming.round.task)
         signed = tuple(self._sign(plan, forming, begun, until).SerializeToString() for plan in plans)
         document = dataclasses.replace(
             forming.document, selection=selection, until=until, plans=signed, cohort=cohort, uploads=uploads
@@ -190,11 +200,10 @@ class Conductor:
             raise RoundFailed("another coordinator works on this deployment's rounds")
         return after
 
-    def _end_abandoned(self) -> None:
-        """Close what a coordinator left open when it died."""
+    def _end_abandoned(self, task: str) -> None:
         for key in self._retried(self._store.rounds):
             one = self._store.round(key)
-            if one is not None and one.state is not RoundState.CLOSED:
+            if one is not None and one.task == task and one.state is not RoundState.CLOSED:
                 self.close(Forming(one, RoundDocument.decode(one.document)), "the coordinator began anew")
 
     def _retried(self, work: Callable[[], _T]) -> _T:

@@ -207,37 +207,60 @@ class Gateway:
     async def _upload(self, request: pb.SignedRequest) -> pb.UploadReply:
         device = await self._door.caller(request, "Upload")
         body = _body(pb.UploadBody, request)
+        try:
+            return pb.UploadReply(repeated=await self._count(device.id, body))
+        except GatewayRefusal as refusal:
+            if refusal.reason != pb.LATE:
+                raise
+            # The answer may have been lost, and the round over meanwhile: what was counted is never called late.
+            key = self._owned(device.id, body.token).round_key
+            counted = await self._committer.call(lambda store: store.contributions(key))
+            if Contribution(device.id, body.digest) not in counted:
+                raise
+        return pb.UploadReply(repeated=True)
+
+    async def _count(self, device: int, body: pb.UploadBody) -> bool:
+        """Take an upload into its round; whether it was counted before."""
+        self._owned(device, body.token)
         token, one = await self._bearer(body.token)
-        if token.device != device.id:
-            raise GatewayRefusal(pb.NO_SUCH_ROUND, "the round token is another device's")
-        terms, name = _terms(one), _staged_name(token.round_key, token.device)
+        terms, name = _terms(one), _staged_name(token.round_key, device)
         if len(body.data) > _LARGEST_UPLOAD:
             raise GatewayRefusal(pb.MALFORMED, f"an upload of more than {_LARGEST_UPLOAD} bytes is staged")
         data = body.data or self._blobs.take_staged(name, body.digest)
+        if len(data) > terms.most_bytes:
+            raise GatewayRefusal(pb.UNUSABLE, f"it has {len(data)} bytes, the plan allows {terms.most_bytes}")
         if hashlib.sha256(data).digest() != body.digest:
             self._blobs.discard_staged(name)
             raise GatewayRefusal(pb.UNUSABLE, "the upload is not what its digest says; stage it again")
         try:
             part = None if terms.encoding == "masked" else read_upload(data, terms)
         except Refused as error:
+            told = json.dumps({"outcome": pb.FAILED, "text": f"unusable upload: {one_line(str(error))}"[:_TEXT]})
+            await self._committer.note(token.round_key, REPORT, Note(device, told, self._clock()))
             raise GatewayRefusal(pb.UNUSABLE, f"the upload cannot be used: {error}") from None
-        if len(data) > terms.most_bytes:
-            raise GatewayRefusal(pb.UNUSABLE, f"an upload of this round has at most {terms.most_bytes} bytes")
         if terms.kept:
             await asyncio.to_thread(self._blobs.put, data)
-        contribution = Contribution(token.device, body.digest)
-        repeated = await self._committer.count(token.round_key, contribution, None if terms.kept else part)
+        repeated = await self._committer.count(token.round_key, Contribution(device, body.digest), None if terms.kept else part)
         if not body.data:
             self._blobs.discard_staged(name)
-        return pb.UploadReply(repeated=repeated)
+        return repeated
+
+    def _owned(self, device: int, token: bytes) -> RoundToken:
+        """A device's own round token, also after its end.
+
+        Raises:
+            GatewayRefusal: it is none, or another device's.
+        """
+        found = read_token(self._settings.token_secret, token, 0)
+        if found.device != device:
+            raise GatewayRefusal(pb.NO_SUCH_ROUND, "the round token is another device's")
+        return found
 
     async def _report(self, request: pb.SignedRequest) -> pb.ReportReply:
         device = await self._door.caller(request, "Report")
         body = _body(pb.ReportBody, request)
-        token = read_token(self._settings.token_secret, body.token, 0)  # a report may come after the round
+        token = self._owned(device.id, body.token)
         one = self.board.get(token.round_key)
-        if token.device != device.id:
-            raise GatewayRefusal(pb.NO_SUCH_ROUND, "the round token is another device's")
         if one is None:
             return pb.ReportReply(stop=True, reason="the round is over")
         facts = {field.name: value for field, value in body.ListFields() if field.name not in {"token", "text"}}

@@ -43,7 +43,8 @@ __all__ = ["DeviceGrid", "Offering"]
 _MOST_EXAMPLES = 10_000_000  # what one device may claim to have trained on
 _SPARE = 1 << 20  # bytes that boxes and statements add to a masked vector
 _FULL = float(np.finfo(np.float32).max)
-_FROZEN, _STEP, _EVALUATION = "frozen", "step", "evaluation"
+_STEP, _EVALUATION = "step", "evaluation"  # blobs that only one kind of work needs
+_EVALUATING = "/evaluate"  # a task of its own: its rounds are no participations in the training
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class DeviceGrid(ClientGrid):
     """The devices of a deployment, collected anew for every round as ``selection`` says; node ids are device ids.
 
     What it hands the strategy is as from any other grid: one mean reply (``mean``), which gateways add up as uploads arrive, or one
-    reply per device. Clients are numbered in the order in which their devices were met. ``task`` is the run's name towards devices.
+    reply per device. Clients are numbered in the order in which their devices were met. ``task`` is the run's name towards devices,
+    who are not charged with a participation for an evaluation; ``done`` rounds of it were made before.
     """
 
     blind = False
@@ -68,7 +70,7 @@ class DeviceGrid(ClientGrid):
 
     def __init__(
         self, conductor: Conductor, blobs: Blobs, layout: ParameterLayout, task: str, selection: Selection, offering: Offering, *,
-        mean: bool,
+        mean: bool, done: int = 0,
     ) -> None:  # fmt: skip
         assume_identity()
         self.place, self.observed, self.mean = "devices", Facts(), mean
@@ -78,7 +80,7 @@ class DeviceGrid(ClientGrid):
         self._numbers: dict[int, int] = {}
         self._chosen: list[int] | None = None
         self._forming: Forming | None = None
-        self._round = 0
+        self._round = done
 
     @property
     def nodes(self) -> Sequence[int]:
@@ -136,7 +138,8 @@ class DeviceGrid(ClientGrid):
         uploads = self._terms(kind, task, masked=visit is not None)
         plans, cohort = self._plans(sent, kind, uploads)
         deadline = self._selection.deadline if timeout is None else timeout
-        finished = self._conductor.run(forming, plans, cohort, uploads, deadline)
+        name = self._task + (_EVALUATING if kind == MessageType.EVALUATE else "")
+        finished = self._conductor.run(forming, plans, cohort, uploads, deadline, task=name, number=task.round_number)
         if visit is not None:
             return self._masked(sent, finished)
         absent = tuple(sorted((self.client_of(device), reason) for device, reason in finished.absent.items()))

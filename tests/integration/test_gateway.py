@@ -284,6 +284,8 @@ def test_several_rounds_training_and_evaluation_one_reply_per_device(deployment)
         grid.nodes = ()
     _, messages = work_for(grid.get_node_ids(), MessageType.EVALUATE, number=2)
     replies = grid.send_and_receive(messages)
+    assert {one.participations["run-1"] for one in deployment.coordinator.devices()} == {(2, 2)}
+    assert {one.participations["run-1/evaluate"] for one in deployment.coordinator.devices()} == {(1, 2)}
     accuracies = sorted(accuracy for reply in replies for _, accuracy, _ in facts_of(reply).accuracies)
     assert accuracies == [0, 0.1, 0.2, 0.3]
     finish(devices)
@@ -321,8 +323,9 @@ def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
     assert client.upload(assignment.token, data) is False
     (reply,) = coordinator.result()
     np.testing.assert_allclose(from_record(big, only_record(reply, type(arrays)))[-1], (big.size - 1) / big.size)
+    assert client.upload(assignment.token, data) is True  # counted: it is never called late
     with pytest.raises(GatewayRefusal, match="the round has what it needs") as late:
-        client.upload(assignment.token, data)
+        client.upload(assignment.token, data[:-1] + b"x")
     assert late.value.reason == pb.LATE
     client.close()
 

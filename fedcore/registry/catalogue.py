@@ -103,6 +103,26 @@ class Catalogue:
         """A training step by content."""
         return next((entry for entry in self.entries if entry.kind == STEP and entry.digest == digest), None)
 
+    def digest(self, model: str, version: int) -> bytes:
+        """SHA-256 over a release's artefacts in order: tier and runtime, each after its length (4 bytes, big-endian), and hash.
+
+        Raises:
+            Refused: there is no such release.
+        """
+        found = sorted(
+            (str(one.custom["tier"]), str(one.custom["runtime"]), one.digest)
+            for one in self.entries
+            if one.kind == ARTEFACT and one.release == (model, version)
+        )
+        if not found:
+            raise Refused(f"the repository has no release {version} of {model}")
+        hasher = hashlib.sha256()
+        for tier, runtime, content in found:
+            for name in (tier.encode(), runtime.encode()):
+                hasher.update(len(name).to_bytes(4, "big") + name)
+            hasher.update(content)
+        return hasher.digest()
+
     def edges(self) -> dict[Edge, Entry]:
         """The deltas, for `fedcore.registry.delta.route`."""
         return {

@@ -132,6 +132,13 @@ class Client:
         fetch_file(self._fetcher, name, path, entry.size, entry.digest, Deadline(seconds, self._clock))
         return path
 
+    def collect(self, catalogue: Catalogue) -> None:
+        """Remove what is left of downloads of files that are offered no more."""
+        offered = {entry.digest.hex() for entry in catalogue.entries}
+        for path in (self._directory / "partial").iterdir():
+            if path.name not in offered:
+                path.unlink(missing_ok=True)
+
     def _follow_roots(self, now: datetime, deadline: Deadline) -> None:
         """From the root that is trusted to the newest, each signed by the one before."""
         trusted = trusted_set(self._trust.root, now)

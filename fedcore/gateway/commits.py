@@ -25,6 +25,7 @@ from fedcore.state.gateway import Admission, Contribution, GatewayStore, Note, V
 __all__ = ["Committer"]
 
 _MOST = 256  # of what waits, in one go
+_GATHER = 0.003  # seconds that the first waits for others: a commit costs more than it does
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
@@ -126,6 +127,7 @@ class Committer:
 
     def _next_group(self) -> tuple[list[_Waiting], bool]:
         first, group = self._queue.get(), []
+        time.sleep(_GATHER)
         while first is not None:
             group.append(first)
             if len(group) == _MOST:

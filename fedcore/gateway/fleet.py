@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from enum import Enum
 from typing import Any, Self
 
@@ -39,7 +39,7 @@ class Told:
         Raises:
             Refused: texts that are too long or too many.
         """
-        values = {one.name: getattr(body, one.name) for one in fields(cls)}
+        values = {name: getattr(body, name) for name in cls.__dataclass_fields__}
         values |= {name: tuple(values[name]) for name in ("capabilities", "labels")}
         texts = [part for value in values.values() for part in (value if isinstance(value, tuple) else (value,))]
         if len(texts) > _MOST_TEXTS or any(isinstance(one, str) and len(one) > _LONGEST_TEXT for one in texts):
@@ -48,7 +48,7 @@ class Told:
 
     def encode(self) -> str:
         """As JSON, for the store."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(vars(self), sort_keys=True)
 
     @classmethod
     def decode(cls, text: str) -> Self:

@@ -1,0 +1,278 @@
+"""The agent: looks at the conditions, asks for work as often as it was told to, does it, and survives what happens meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedcore.errors import FedcoreError, Refused, TryAgain
+from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.client import Enrolled, GatewayClient, Requests, enrol, may_pass
+from fedcore.gateway.identity import spell
+from fedcore.gateway.messages import Enrolment, FleetTrust
+from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.secagg.keys import IDENTITY, new_signing_key, read_signing_key
+from fedcore_device.environment import Conditions, Environment
+from fedcore_device.policy import Policy
+from fedcore_device.rounds import Draw, RoundWork, draw_from_system
+from fedcore_device.state import State
+
+__all__ = ["Agent", "Stop", "default_directory", "enrol_device", "forget_device", "load_enrolled"]
+
+_LOG = logging.getLogger(__name__)
+_RENEW_BEFORE = 30 * 86_400  # seconds before a certificate ends
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds after a call that failed; doubled each time, and never all devices at once
+_WRONG_CLOCK = 300.0
+_IMPORTANT = 600_000  # milliseconds by which the floor rises before it is written for its own sake
+_ENDS = {pb.REVOKED, pb.QUARANTINED, pb.PROTOCOL, pb.BAD_SIGNATURE, pb.TOKEN_REFUSED}
+
+
+class Stop(Protocol):
+    """As `threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether the agent is to end."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it is to end, at most ``timeout`` seconds."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Gateway:
+    address: str
+    plain: bool = False
+
+
+def enrol_device(state: State, server: str, token: str, *, plain: bool = False) -> Enrolled:
+    """Enrol this device with a gateway at HOST:PORT. After a crash the same command ends it: the key stays the same.
+
+    Raises:
+        Refused: it is enrolled already, or the token or the gateway is not what it should be.
+        TryAgain: the gateway cannot be reached.
+    """
+    if state.kept("enrolment.bin"):
+        raise Refused(f"{state.directory} is enrolled already; `fedcore-device forget` ends that")
+    if not (state.directory / f"{IDENTITY}.key").exists():
+        new_signing_key(state.directory, IDENTITY)
+    enrolled = enrol(server, token, read_signing_key(state.directory / f"{IDENTITY}.key"), plain=plain)
+    state.keep("trust.bin", enrolled.trust.encode())
+    state.keep("gateway.json", json.dumps({"address": server, "plain": plain}).encode())
+    state.keep("enrolment.bin", enrolled.enrolment.encode())
+    return enrolled
+
+
+def load_enrolled(state: State) -> Enrolled:
+    """The identity in the directory.
+
+    Raises:
+        Refused: the device is not enrolled.
+    """
+    enrolment, trust = state.kept("enrolment.bin"), state.kept("trust.bin")
+    if not (enrolment and trust):
+        raise Refused(f"{state.directory} is not enrolled; `fedcore-device enroll` does that")
+    key = read_signing_key(state.directory / f"{IDENTITY}.key")
+    return Enrolled(key, Enrolment.decode(enrolment), FleetTrust.decode(trust))
+
+
+def forget_device(state: State) -> str:
+    """Withdraw the device and erase its keys, checkpoints and history. What could not be told to the gateway, empty if all was."""
+    told = ""
+    if state.kept("enrolment.bin"):
+        try:
+            client = _connect(state, Requests(load_enrolled(state), state.next_number, floor=state.floor))
+            with contextlib.closing(client):
+                client.forget()
+        except FedcoreError as error:
+            told = str(error)
+    state.erase()
+    return told
+
+
+def _connect(state: State, requests: Requests) -> GatewayClient:
+    try:
+        place = _Gateway(**json.loads(state.kept("gateway.json")))
+    except (ValueError, TypeError):
+        raise Refused(f"{state.directory / 'gateway.json'} cannot be read") from None
+    return GatewayClient(place.address, requests, plain=place.plain, timeout=30.0)
+
+
+class Agent:
+    """One device. ``draw`` gives what a round's randomness comes from, which only comparisons with a simulation replace.
+
+    Raises:
+        Refused: the device is not enrolled.
+    """
+
+    def __init__(
+        self, state: State, environment: Environment, policy: Policy, *, draw: Draw = draw_from_system, look: float = 30.0,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._state, self._environment, self._policy, self._draw = state, environment, policy, draw
+        self._look, self._monotonic = look, monotonic
+        self._requests = Requests(load_enrolled(state), state.next_number, clock=environment.clock, floor=state.floor)
+        self._failures = 0
+        self._last_wait = _FIRST_PAUSE
+        self.waiting_for = ""
+
+    def run(self, stop: Stop) -> None:
+        """Work until ``stop`` is set. Waits are counted only while the device is eligible.
+
+        Raises:
+            Refused: the fleet does not want this identity any more, or the device's own files are wrong.
+        """
+        left = 0.0
+        while not stop.is_set():
+            self.waiting_for = self.why_not()
+            if not self.waiting_for and left <= 0:
+                left = self._last_wait = self._visit(stop.is_set)
+            began = self._monotonic()
+            stop.wait(self._look if self.waiting_for else min(self._look, max(left, 0.01)))
+            if not self.waiting_for:
+                left -= self._monotonic() - began
+
+    def why_not(self) -> str:
+        """Why the device does not work now; empty where it does."""
+        conditions = self._environment.conditions(training=False)
+        return self._policy.conditions.why_not(conditions, max(self._environment.clock(), self._requests.floor / 1000))
+
+    def _visit(self, stopped: Callable[[], bool]) -> float:
+        """Go on with the round in progress, or ask for one; eligible seconds until the next visit."""
+        try:
+            with self._connected() as client:
+                doing = RoundWork(
+                    self._state, self._environment, self._policy, self._requests, client, self._draw, stopped
+                )  # fmt: skip
+                wait = self._work(client, doing)
+        except GatewayRefusal as refusal:
+            return self._refused(refusal)
+        except TryAgain as error:
+            return self._later(str(error))
+        self._failures = 0
+        return wait
+
+    def _work(self, client: GatewayClient, doing: RoundWork) -> float:
+        self._renew(client)
+        if (work := self._state.work()) is not None:
+            doing.go_on(work)
+            return 0.0
+        reply = client.check_in(self._body(doing))
+        visit = None
+        if reply.HasField("visit"):
+            visit = self._new_visit(reply.visit)
+            reply = client.check_in(self._body(doing, self._round_key(visit)))
+        if self._requests.floor > self._state.floor + _IMPORTANT:
+            self._state.raise_floor(self._requests.floor)
+        if reply.HasField("assignment"):
+            accepted = doing.accept(reply.assignment, visit)
+            if accepted is None:
+                return self._last_wait
+            _LOG.info("round %d of %s", accepted.round, accepted.task)
+            doing.go_on(accepted)
+            return 0.0
+        if not reply.HasField("wait"):
+            return 0.0  # another visit is asked for
+        return float(reply.wait.retry_after_ms) / 1000
+
+    def _body(self, doing: RoundWork, round_key: bytes = b"") -> pb.CheckInBody:
+        facts, now = self._policy.device, self._environment.conditions(training=False)
+        return pb.CheckInBody(
+            population=facts.population, tier=facts.tier, labels=facts.labels, runtime="onnxruntime", agent_version=_version(),
+            capabilities=doing.capabilities, round_key=round_key, conditions=_told(now),
+        )  # fmt: skip
+
+    def _new_visit(self, visit: pb.Visit) -> dict[str, Any]:
+        return {"task": visit.task, "epoch": visit.epoch, "expiry": visit.expiry, "key": os.urandom(32).hex()}
+
+    def _round_key(self, visit: Mapping[str, Any]) -> bytes:
+        from fedcore.secagg.participant import Visit
+        from fedcore_device.masking import Masking
+
+        place = Visit(visit["task"], visit["epoch"], visit["expiry"])
+        return Masking(self._requests.enrolled, self._policy.plan, bytes.fromhex(visit["key"]), place).check_in()
+
+    def _renew(self, client: GatewayClient, *, now: bool = False) -> None:
+        """Ask for a new certificate before the old one ends."""
+        end = self._requests.enrolled.enrolment.certificate.not_after
+        known = max(self._environment.clock(), self._requests.floor / 1000)
+        if now or end < known + _RENEW_BEFORE:
+            self._state.keep("enrolment.bin", client.renew().enrolment.encode())
+            _LOG.info("the certificate of device %s was renewed", spell(self._requests.enrolled.device))
+
+    def _refused(self, refusal: GatewayRefusal) -> float:
+        """What to do after the gateway refused.
+
+        Raises:
+            GatewayRefusal: it will not have this identity any more.
+        """
+        if refusal.reason in _ENDS:
+            self._state.problem = str(refusal)
+            raise refusal
+        if refusal.reason in {pb.UNKNOWN_DEVICE, pb.EXPIRED}:
+            try:
+                with self._connected() as client:
+                    self._renew(client, now=True)
+            except GatewayRefusal as other:
+                if other.reason in _ENDS:
+                    self._state.problem = str(other)
+                    raise
+                return self._later(str(other), other.retry_after / 1000)
+            except TryAgain as error:
+                return self._later(str(error))
+            return 0.0
+        if not may_pass(refusal):
+            _LOG.warning("%s", refusal)
+        return self._later(str(refusal), refusal.retry_after / 1000)
+
+    def _later(self, problem: str, least: float = 0.0) -> float:
+        """Seconds to wait after a failure: the same wait as before at least, and longer with every one."""
+        behind = self._requests.floor / 1000 - self._environment.clock()
+        if behind > _WRONG_CLOCK:
+            problem = f"clock: this device's clock is {behind:.0f} s behind the gateways'; {problem}"
+        elif "certificate" in problem.lower():
+            problem = f"clock: TLS fails, as it does where a clock is wrong; {problem}"
+        self._state.problem = problem
+        _LOG.warning("%s", problem)
+        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
+        self._failures += 1
+        return max(least, pause, self._last_wait if self._failures == 1 else 0.0)
+
+    @contextlib.contextmanager
+    def _connected(self) -> Iterator[GatewayClient]:
+        client = _connect(self._state, self._requests)
+        try:
+            yield client
+        finally:
+            client.close()
+
+
+def _told(found: Conditions) -> pb.Conditions:
+    return pb.Conditions(
+        charging=found.charging, unmetered=found.unmetered, idle=found.idle, battery_percent=found.battery_percent or 0,
+        free_storage_bytes=found.free_storage,
+    )  # fmt: skip
+
+
+def _version() -> str:
+    try:
+        return version("fedcore-device")
+    except PackageNotFoundError:
+        return "source"
+
+
+def default_directory() -> Path:
+    """Where a device's state lies if nothing else is said: systemd's, root's, or the user's own."""
+    if given := os.environ.get("STATE_DIRECTORY"):
+        return Path(given.split(":")[0])
+    base = Path("/var/lib") if os.geteuid() == 0 else Path.home() / ".local" / "state"
+    return base / "fedcore-device"

@@ -1,0 +1,198 @@
+"""The process that trains: ``python -m fedcore_device.child DIRECTORY``, confined before it reads anything that was received.
+
+In the directory: ``job.json`` (`write_job`), and afterwards ``upload.bin`` or ``vector.npy``, and ``result.json``. The exit code
+says what became of it: `DONE`, `PAUSED` (the checkpoint is there), `REFUSED` or `FAILED` (result.json says why). It is told neither
+the device's key nor the round's token.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fedcore.errors import ClientFailure, FedcoreError, Refused, TryAgain
+from fedcore_device.sandbox import confine
+from fedcore_device.state import write_durably
+
+__all__ = ["DONE", "FAILED", "PAUSED", "REFUSED", "read_job", "write_job"]
+
+DONE, PAUSED, REFUSED, FAILED = 0, 10, 11, 12
+_EVERY = 10  # steps between two checkpoints
+
+
+def write_job(directory: Path, job: Mapping[str, Any]) -> None:
+    """Write what a child is to do; bytes among the plan's settings are marked.
+
+    Keys: ``examples``, ``model``, ``step``, ``frozen`` (paths), ``step_sha256``, ``settings``, ``encoding``, ``values``,
+    ``randomness``, ``memory``, ``seconds``.
+    """
+    write_durably(directory / "job.json", json.dumps(job, default=lambda value: {"hex": bytes(value).hex()}).encode())
+
+
+def read_job(directory: Path) -> dict[str, Any]:
+    """Inverse of `write_job`."""
+    plain = json.loads((directory / "job.json").read_bytes())
+    plain["settings"] = {
+        name: bytes.fromhex(value["hex"]) if isinstance(value, dict) else value for name, value in plain["settings"].items()
+    }
+    return dict(plain)
+
+
+def _main() -> int:
+    directory = Path(sys.argv[1])
+    told: dict[str, Any] = {}
+    code = DONE
+    try:
+        told = _work(directory, read_job(directory))
+    except Refused as error:
+        code, told = REFUSED, {"reason": str(error)}
+    except TryAgain as error:
+        code, told = PAUSED, {"reason": str(error)}
+    except (FedcoreError, MemoryError) as error:
+        code, told = FAILED, {"reason": str(error) or type(error).__name__}
+    told["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    write_durably(directory / "result.json", json.dumps(told).encode())
+    return code
+
+
+def _work(directory: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train, and leave what is sent; what is told about it."""
+    from fedcore_device.examples import load_examples
+
+    os.nice(10)
+    x, y = load_examples(job["examples"])  # the owner's own code, before the doors are closed
+    confine(memory=job["memory"], seconds=job["seconds"])
+    from fedcore_device.trainer import Resume, train
+
+    stopping: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
+    task, release = _task(job), _release(job["settings"])
+    began = time.monotonic()
+    resume = Resume(directory / "progress.bin", _EVERY)
+    try:
+        trained = train(task, x, y, _randomness(job["randomness"]), resume=resume, keep_going=lambda: not stopping)
+        _check(trained.update, trained.loss, task.plan.privacy is not None, float(job["settings"]["max-update-norm"]))
+    except ClientFailure:
+        if release is None:
+            raise
+        # Who contributes must not depend on anybody's examples: what fails is sent as nothing, which is noised and masked alike.
+        _leave(directory, job, release.nothing(os.urandom))
+        return {"steps": 0, "seconds": time.monotonic() - began}
+    loss = 0.0 if task.plan.privacy else trained.loss
+    if release is not None:
+        _leave(directory, job, release.contribution(trained.update, trained.examples, loss, os.urandom))
+    else:
+        _leave_update(directory, job, trained.update, trained.examples, loss)
+    return {
+        "steps": trained.steps, "seconds": time.monotonic() - began, "examples": trained.examples, "loss": trained.loss,
+        "released": release is not None,
+    }  # fmt: skip
+
+
+def _task(job: Mapping[str, Any]) -> Any:
+    import numpy as np
+
+    from fedcore.quantization.wire import ActivationRange, decode_model
+    from fedcore_device.step import read_step
+    from fedcore_device.trainer import Task
+
+    settings = job["settings"]
+    step = read_step(Path(job["step"]).read_bytes(), job["step_sha256"])
+
+    def flat(path: str) -> Any:
+        tensors = decode_model(Path(path).read_bytes()).tensors
+        return np.concatenate([tensor.reshape(-1) for tensor in tensors.values()]).astype(np.float32)
+
+    columns = (settings["activation-names"], settings["activation-scales"], settings["activation-zero-points"])
+    ranges = {str(name): ActivationRange(float(scale), int(zero)) for name, scale, zero in zip(*columns, strict=True)}
+    return Task(step, flat(job["model"]), _plan(settings), flat(job["frozen"]) if job["frozen"] else None, ranges)
+
+
+def _plan(settings: Mapping[str, Any]) -> Any:
+    from fedcore_device.plan import ExamplePrivacy, TrainingPlan
+
+    try:
+        privacy = None
+        if any(name.startswith("example-") for name in settings):
+            privacy = ExamplePrivacy(
+                settings["example-clipping-norm"], settings["example-noise-multiplier"], settings["example-batches"]
+            )
+        return TrainingPlan(
+            settings["epochs"], settings["batch-size"], settings["lr"], settings["momentum"], settings["weight-decay"],
+            settings["proximal-mu"], privacy,
+        )  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise Refused(f"training plan: a setting is missing or of another kind ({error})") from None
+
+
+def _release(settings: Mapping[str, Any]) -> Any:
+    """How contributions are summed; None where the update goes as it is."""
+    if not any(name.startswith(("release-", "sum-", "scores-")) for name in settings):
+        return None
+    from fedcore.secagg.sums import ScoreSum, sum_from_table
+
+    found = sum_from_table(settings)
+    if isinstance(found, ScoreSum):
+        raise Refused("the plan asks for scores; this device trains")
+    return found
+
+
+def _randomness(drawn: Mapping[str, Any]) -> Any:
+    import numpy as np
+
+    from fedcore_device.checkpoint import restored_generator
+    from fedcore_device.noise import Randomness
+
+    order = restored_generator(drawn["state"]) if "state" in drawn else np.random.default_rng(int(drawn["entropy"], 16))
+    return Randomness(order, bytes.fromhex(drawn["noise_key"]))
+
+
+def _check(update: Any, loss: float, private: bool, most: float) -> None:
+    import numpy as np
+
+    norm = float(np.linalg.norm(update))
+    if not math.isfinite(norm) or not (private or math.isfinite(loss)):
+        raise ClientFailure("training failed: the update or its loss is not finite")
+    if norm > most:
+        raise ClientFailure(f"training exploded: the update's norm {norm:.3g} is over the limit {most:.3g}")
+
+
+def _leave(directory: Path, job: Mapping[str, Any], vector: Any) -> None:
+    """A contribution: as numbers that the agent masks, or as the bytes that are sent."""
+    import io
+
+    import numpy as np
+
+    if job["encoding"] == "masked":
+        buffer = io.BytesIO()
+        np.save(buffer, vector)
+        write_durably(directory / "vector.npy", buffer.getvalue())
+    elif job["encoding"] == "contribution" and vector.dtype == np.float32:
+        write_durably(directory / "upload.bin", vector.astype("<f4").tobytes())
+    else:
+        raise Refused(f"the plan asks for a sum that cannot be sent as {job['encoding']!r}")
+
+
+def _leave_update(directory: Path, job: Mapping[str, Any], update: Any, examples: int, loss: float) -> None:
+    import numpy as np
+
+    from fedcore.quantization.wire import Update, encode_update
+
+    if job["encoding"] not in {"float32", "int8"} or job["values"] != len(update) or not examples:
+        raise Refused(
+            f"the plan asks for {job['values']} values in {job['encoding']!r}; there are {len(update)} of {examples} examples"
+        )
+    rng = np.random.default_rng(int.from_bytes(os.urandom(32), "little"))
+    write_durably(directory / "upload.bin", encode_update(Update(update, examples, loss), job["encoding"], rng))
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

@@ -1,0 +1,142 @@
+"""The ``fedcore-device`` command: enroll, run, status, forget."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from fedcore.errors import FedcoreError, Refused
+from fedcore_device.state import State
+
+__all__ = ["main"]
+
+_WRONG, _FAILED, _LEAVE_IT = 2, 1, 78  # the last one tells systemd not to start it again
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point; the exit code."""
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.call(given))
+    except FedcoreError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _WRONG if isinstance(error, Refused) else _FAILED
+
+
+def _parser() -> argparse.ArgumentParser:
+    # argparse, not typer: it costs 15 MB less, and is there.
+    parser = argparse.ArgumentParser("fedcore-device", description="A device of a federation: trains on its own examples.")
+    parser.add_argument("--state", type=Path, metavar="DIR", help="directory of keys and state (default: of systemd or the user)")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    enroll = commands.add_parser("enroll", help="enrol this device with a token of the fleet")
+    enroll.add_argument("--server", required=True, metavar="HOST:PORT")
+    enroll.add_argument("--token", metavar="TOKEN", help="if not given: $FEDCORE_TOKEN, or the first line of standard input")
+    enroll.add_argument("--plain", action="store_true", help="without TLS; loopback only")
+    enroll.set_defaults(call=_enroll)
+    run = commands.add_parser("run", help="take part in rounds until SIGTERM or Ctrl-C")
+    run.add_argument(
+        "--examples", required=True, metavar="SOURCE", help="module:function, or a directory of .npz files with x and y"
+    )
+    run.add_argument("--conditions", type=Path, metavar="FILE", help="JSON file whose keys take the place of sensed conditions")
+    run.add_argument("--look", type=float, default=30.0, metavar="SECONDS", help="between two looks at the conditions")
+    run.set_defaults(call=_run)
+    status = commands.add_parser("status", help="what this device is and does")
+    status.add_argument("--json", action="store_true", dest="as_json")
+    status.set_defaults(call=_status)
+    forget = commands.add_parser("forget", help="leave the fleet for good: erases keys, checkpoints and the server's record")
+    forget.set_defaults(call=_forget)
+    return parser
+
+
+def _state(given: argparse.Namespace) -> State:
+    from fedcore_device.agent import default_directory
+
+    return State(given.state or default_directory())
+
+
+def _enroll(given: argparse.Namespace) -> int:
+    from fedcore.gateway.identity import spell
+    from fedcore_device.agent import enrol_device
+
+    state = _state(given)
+    token = given.token or os.environ.get("FEDCORE_TOKEN") or sys.stdin.readline()
+    with state.locked():
+        enrolled = enrol_device(state, given.server, token, plain=given.plain)
+    print(f"enrolled in {enrolled.trust.deployment!r} as device {spell(enrolled.device)}")
+    return 0
+
+
+def _run(given: argparse.Namespace) -> int:
+    from fedcore.gateway.refusals import GatewayRefusal
+    from fedcore_device.agent import Agent
+    from fedcore_device.environment import LinuxEnvironment
+    from fedcore_device.policy import read_policy
+
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
+    state, stop = _state(given), threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    with state.locked():
+        environment = LinuxEnvironment(state.directory, given.examples, override=given.conditions)
+        agent = Agent(state, environment, read_policy(state.directory / "policy.toml"), look=given.look)
+        print(f"running; state in {state.directory}", flush=True)
+        try:
+            agent.run(stop)
+        except GatewayRefusal as refusal:
+            print(f"error: {refusal}", file=sys.stderr)
+            return _LEAVE_IT
+    return 0
+
+
+def _status(given: argparse.Namespace) -> int:
+    from fedcore.gateway.identity import spell
+    from fedcore_device.agent import load_enrolled
+    from fedcore_device.environment import LinuxEnvironment
+    from fedcore_device.policy import read_policy
+
+    state = _state(given)
+    policy, environment = read_policy(state.directory / "policy.toml"), LinuxEnvironment(state.directory, "")
+    why = policy.conditions.why_not(environment.conditions(training=False), environment.clock())
+    enrolled = load_enrolled(state) if state.kept("enrolment.bin") else None
+    work = state.work()
+    found = {
+        "state": str(state.directory),
+        "device": spell(enrolled.device) if enrolled else None,
+        "fleet": enrolled.trust.deployment if enrolled else None,
+        "certificate_until": enrolled.enrolment.certificate.not_after if enrolled else None,
+        "eligible": why or True,
+        "round": {"task": work.task, "round": work.round, "phase": work.phase} if work else None,
+        "participations": {task: one.times for task, one in state.history().items()},
+        "problem": state.problem or None,
+    }
+    if given.as_json:
+        print(json.dumps(found))
+        return 0
+    for name, value in found.items():
+        if value not in (None, {}):
+            print(f"{name:18} {'yes' if value is True else value}")
+    return 0
+
+
+def _forget(given: argparse.Namespace) -> int:
+    from fedcore_device.agent import forget_device
+
+    state = _state(given)
+    with state.locked():
+        problem = forget_device(state)
+    print("keys, checkpoints and history are erased")
+    if problem:
+        print(f"error: the gateway was not told: {problem}; its operator can revoke the device", file=sys.stderr)
+        return _FAILED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

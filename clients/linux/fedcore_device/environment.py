@@ -1,0 +1,130 @@
+"""What surrounds an agent: examples, conditions and clock.
+
+`Environment` is what an agent needs of a machine; `LinuxEnvironment` reads it from /sys and /proc.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedcore.errors import Refused
+
+__all__ = ["Conditions", "Environment", "LinuxEnvironment"]
+
+_BUSY = 0.5  # load of a core, in the last minute, above which somebody uses the device
+_OTHERS = ("wwan", "ppp", "wwp", "usb", "rmnet")  # beginnings of names of interfaces that are paid by the byte
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """How things are. ``battery_percent`` is None without a battery; ``temperature`` the hottest sensor in degrees Celsius, None
+    without one; ``free_storage`` in bytes where the agent keeps its files."""
+
+    charging: bool = True
+    unmetered: bool = True
+    idle: bool = True
+    battery_percent: int | None = None
+    temperature: float | None = None
+    free_storage: int = 0
+
+
+class Environment(Protocol):
+    """What an agent is given by the machine it runs on, or by a test."""
+
+    @property
+    def examples(self) -> str:
+        """Where the child that trains finds the examples: ``module:function``, or a directory of .npz files."""
+        ...
+
+    def conditions(self, *, training: bool) -> Conditions:
+        """How things are now; ``training``: one core is busy with the agent's own work."""
+        ...
+
+    def clock(self) -> float:
+        """Unix seconds by the device's clock, which may be wrong."""
+        ...
+
+
+class LinuxEnvironment:
+    """The conditions of a Linux machine; ``directory`` is where the agent keeps its files.
+
+    Without a power supply of any kind in /sys it hangs on a wire. ``override``: a JSON file whose keys, those of `Conditions`,
+    take the place of what is sensed, as a host application knows better, or a test.
+    """
+
+    def __init__(
+        self, directory: Path, examples: str, *, override: Path | None = None, root: Path = Path("/"),
+        clock: Callable[[], float] = time.time,
+    ) -> None:  # fmt: skip
+        self.examples = examples
+        self._directory, self._override, self._root, self._clock = directory, override, root, clock
+
+    def clock(self) -> float:
+        """See `Environment`."""
+        return self._clock()
+
+    def conditions(self, *, training: bool) -> Conditions:
+        """See `Environment`.
+
+        Raises:
+            Refused: the file with overrides holds something else.
+        """
+        charging, battery = self._power()
+        found = Conditions(
+            charging, self._unmetered(), self._idle(training=training), battery, self._temperature(),
+            shutil.disk_usage(self._directory).free,
+        )  # fmt: skip
+        return _overridden(found, self._override) if self._override else found
+
+    def _power(self) -> tuple[bool, int | None]:
+        """Whether it is on external power, and the battery's charge."""
+        supplies = [path for path in self._glob("sys/class/power_supply/*") if _text(path / "scope") != "Device"]
+        wires = [path for path in supplies if _text(path / "type") != "Battery"]
+        batteries = [path for path in supplies if _text(path / "type") == "Battery"]
+        charges = [int(text) for path in batteries if (text := _text(path / "capacity")).isdigit()]
+        plugged = any(_text(path / "online") == "1" for path in wires)
+        filled = any(_text(path / "status") in {"Charging", "Full"} for path in batteries)
+        return plugged or filled or not batteries, min(charges, default=None)
+
+    def _unmetered(self) -> bool:
+        """Whether no default route leads over a modem."""
+        lines = _text(self._root / "proc/net/route").splitlines()[1:]
+        names = {fields[0] for line in lines if len(fields := line.split()) > 1 and fields[1] == "00000000"}
+        return not any(
+            name.startswith(_OTHERS) or "DEVTYPE=wwan" in _text(self._root / "sys/class/net" / name / "uevent") for name in names
+        )
+
+    def _idle(self, *, training: bool) -> bool:
+        load = _text(self._root / "proc/loadavg").split()
+        cores = _text(self._root / "proc/cpuinfo").count("processor\t") or 1
+        return not load or float(load[0]) - training <= _BUSY * cores
+
+    def _temperature(self) -> float | None:
+        texts = [_text(path) for path in self._glob("sys/class/thermal/thermal_zone*/temp")]
+        return max((int(text) / 1000 for text in texts if text.lstrip("-").isdigit()), default=None)
+
+    def _glob(self, pattern: str) -> list[Path]:
+        return sorted(self._root.glob(pattern))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _overridden(found: Conditions, file: Path) -> Conditions:
+    try:
+        table: Mapping[str, Any] = json.loads(file.read_text())
+        return replace(found, **table)
+    except FileNotFoundError:
+        return found
+    except (OSError, ValueError, TypeError) as error:
+        raise Refused(f"{file}: it must hold a JSON object with keys of the conditions ({error})") from error

@@ -1,0 +1,69 @@
+"""A device's part in secure aggregation; imported only where a round asks for it.
+
+The device's enrolment is its identity towards the committee as well: the trust bundle of the fleet carries the committee's. A
+visit's key is 32 bytes that the agent keeps with the round; `used/` remembers visits that were masked for, so that none is twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedcore.errors import Refused
+from fedcore.gateway.client import Enrolled
+from fedcore.secagg.messages import TrustBundle
+from fedcore.secagg.participant import Accepted, Demands, Participant, Visit, claim_visit
+from fedcore.secagg.plan import Policy as SecurePolicy
+from fedcore.secagg.sums import sum_from_table
+from fedcore_device.policy import PlanPolicy
+
+__all__ = ["Masking", "work_hash"]
+
+
+def work_hash(model: bytes, settings: Mapping[str, Any]) -> bytes:
+    """What the committee's plan binds: SHA-256 over the encoded model and the training configuration."""
+    text = json.dumps(dict(settings), sort_keys=True, default=lambda value: {"bytes": bytes(value).hex()})
+    return hashlib.sha256(hashlib.sha256(model).digest() + text.encode()).digest()
+
+
+class Masking:
+    """One device's visit: ``key`` [32 bytes] is drawn for it and for no other."""
+
+    def __init__(self, enrolled: Enrolled, policy: PlanPolicy, key: bytes, visit: Visit) -> None:
+        if not enrolled.trust.committee:
+            raise Refused("the fleet's trust bundle names no committee; this device takes part in no secure aggregation")
+        floor = SecurePolicy(policy.minimum_devices, policy.corrupt_devices, policy.noise_multiplier)
+        trust = TrustBundle.decode(enrolled.trust.committee)
+        self._participant = Participant(enrolled.key, enrolled.enrolment.certificate, trust, Demands(floor, floor))
+        self._key, self._visit = key, visit
+
+    def check_in(self) -> bytes:
+        """The round key that the gateway is shown."""
+        return self._participant.check_in(self._key, self._visit)
+
+    def accept(self, invitation: bytes, model: bytes, settings: Mapping[str, Any]) -> Accepted:
+        """Check what the committee approved, before anything is trained.
+
+        Raises:
+            Refused: it is not what this device's policy and the training configuration ask for.
+        """
+        summation = sum_from_table(settings)
+        if summation is None:
+            raise Refused("the plan asks for secure aggregation and names no sum")
+        return self._participant.accept(self._key, self._visit, invitation, work_hash(model, settings), summation)
+
+    def upload(self, accepted: Accepted, vector: bytes, directory: Path) -> bytes:
+        """The masked contribution of a vector in numpy's format; once for a visit, however often the agent is killed.
+
+        Raises:
+            Refused: this visit's key was used before.
+        """
+        integers = np.load(io.BytesIO(vector), allow_pickle=False)
+        claim_visit(directory / "used", self._visit)
+        return accepted.upload(integers)

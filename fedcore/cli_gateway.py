@@ -1,0 +1,189 @@
+"""``fedcore serve`` and ``fedcore device``: a federation of real devices."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import sys
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from fedcore.errors import Refused
+from fedcore.terminal import clear_errors, new_console
+
+__all__ = ["device", "serve"]
+
+device = typer.Typer(no_args_is_help=True, add_completion=False, help="Devices of a fleet: enrol, list, revoke; sign their steps.")
+_INTERRUPTED = 130  # as shells have it
+
+FolderOption = Annotated[
+    Path, typer.Option("--fleet", help="Folder of the fleet's keys and store; made by the first serve.", metavar="DIR")
+]
+FOLDER = Path("fleet")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def serve(
+    scenario: Annotated[Path, typer.Argument(help="The scenario, a TOML file.", metavar="SCENARIO.toml")],
+    fleet: FolderOption = FOLDER,
+    store: Annotated[str, typer.Option(help="redis://... shared with other gateways; a file in --fleet if not given.")] = "",
+    listen: Annotated[
+        str, typer.Option(help="Where devices connect; port 0 takes a free one.", metavar="HOST:PORT")
+    ] = "127.0.0.1:7443",
+    out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-NNN if not given.", metavar="DIR")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out after its last committed round.")] = False,
+    host: Annotated[list[str] | None, typer.Option("--host", help="Further name in a new gateway's certificate.")] = None,
+    over_selection: Annotated[float, typer.Option(help="Devices that are asked, as a multiple of the cohort.")] = 1.3,
+    window: Annotated[float, typer.Option(help="Seconds to wait for devices to check in for a round.")] = 300.0,
+    minimum: Annotated[int, typer.Option(help="Uploads that suffice at the deadline; 0 = three quarters of the cohort.")] = 0,
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")] = None,
+    as_json: Json = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Run a federation of real devices: a gateway, the enrolment signer and the coordinator, on this machine.
+
+    Everything may be killed at any moment: continue with --resume. Devices are enrolled with `fedcore device token`.
+    """
+    console = new_console()
+    with clear_errors(debug):
+        from fedcore.config import load_config
+        from fedcore.coordinator.directory import next_directory
+        from fedcore.coordinator.fleet import FleetFolder, ServedGateway
+        from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, shown
+        from fedcore.display import follow, human_bytes
+
+        config = load_config(scenario, overrides or [])
+        check_scenario(config)
+        if resume and out is None:
+            raise Refused("--resume needs --out DIR, the run to continue")
+        folder = FleetFolder.open(fleet, config.run.name, host or [])
+        directory = out or next_directory(Path("runs"), config.run.name)
+        where = store or folder.store
+        choice = Choice(over_selection, window, minimum)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            with ServedGateway(folder, where, listen) as gateway:
+                print(shown(gateway.address, directory, as_json=as_json), flush=True)
+                with DeviceRun(config, directory, folder, where, choice, resume=resume) as run:
+                    follow(run, console, as_json=as_json)
+                    result = run.finish()
+        except KeyboardInterrupt:
+            begun = (directory / "config.toml").exists()
+            command = shlex.join(["fedcore", "serve", str(scenario), "--fleet", str(fleet), "--out", str(directory), "--resume"])
+            print(f"\ninterrupted; {f'continue with: {command}' if begun else 'nothing was begun'}", file=sys.stderr, flush=True)
+            raise typer.Exit(_INTERRUPTED) from None
+    if as_json:
+        print(json.dumps({"event": "result", "directory": str(directory), **result}))
+    else:
+        size = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in result["model_bytes"].items())
+        console.print(f"accuracy {result['accuracy']:.4f}; model {size}; {directory / 'report.html'}", highlight=False)
+
+
+@device.command()
+def token(
+    fleet: FolderOption = FOLDER,
+    count: Annotated[int, typer.Option(help="How many, one for each device.", min=1, max=100_000)] = 1,
+    hours: Annotated[float, typer.Option(help="How long they can be used.", min=0.01)] = 24.0,
+) -> None:
+    """Make enrolment tokens, one a line; each enrols one device, once."""
+    with clear_errors():
+        signer = _folder(fleet).signer()
+        try:
+            for _ in range(count):
+                print(signer.issue(3600 * hours).encode())
+        finally:
+            signer.close()
+
+
+@device.command(name="list")
+def list_devices(fleet: FolderOption = FOLDER, as_json: Json = False) -> None:
+    """List the devices that the gateways know: standing, last seen, what they said of themselves, rounds they took part in."""
+    with clear_errors():
+        from fedcore.gateway.identity import spell
+        from fedcore.state.gateway import open_gateway_store
+
+        store = open_gateway_store(_folder(fleet).store)
+        try:
+            found = sorted(store.devices(), key=lambda one: one.enrolled)
+        finally:
+            store.close()
+        rows: list[dict[str, Any]] = [
+            {
+                "device": spell(one.id), "standing": one.standing.value, "reason": one.reason, "last_seen": one.last_seen,
+                "certificate_until": one.not_after, "told": json.loads(one.told) if one.told else {},
+                "rounds": sum(times for times, _ in one.participations.values()),
+            }
+            for one in found
+        ]  # fmt: skip
+        if as_json:
+            for row in rows:
+                print(json.dumps(row))
+            return
+        table = Table(
+            "device", "standing", "last seen (UTC)", "runtime", "tier", "agent", "model", "rounds", box=None, padding=(0, 2)
+        )
+        for row in rows:
+            told = row["told"]
+            seen = f"{datetime.fromtimestamp(row['last_seen'], UTC):%Y-%m-%d %H:%M:%S}" if row["last_seen"] else "never"
+            words = f"{row['standing']}: {row['reason']}" if row["reason"] else row["standing"]
+            table.add_row(
+                row["device"], words, seen, told.get("runtime", ""), told.get("tier", ""), told.get("agent_version", ""),
+                str(told.get("model_version", 0) or ""), str(row["rounds"]),
+            )  # fmt: skip
+        new_console().print(table if rows else "no device has been here yet")
+
+
+@device.command()
+def revoke(
+    identity: Annotated[str, typer.Argument(help="The device, 16 hexadecimal digits.", metavar="DEVICE")],
+    fleet: FolderOption = FOLDER,
+    reason: Annotated[str, typer.Option(help="Kept with the device.")] = "by an operator",
+) -> None:
+    """Revoke a device: it is refused from its next call on, and its certificate is never renewed."""
+    with clear_errors():
+        from fedcore.state.gateway import Standing, open_gateway_store
+
+        try:
+            number = int(identity, 16)
+        except ValueError:
+            raise Refused(f"a device is named by 16 hexadecimal digits, got {identity!r}") from None
+        folder = _folder(fleet)
+        signer, store = folder.signer(), open_gateway_store(folder.store)
+        try:
+            signer.revoke(number)
+            if store.device(number) is not None:
+                store.judge(number, Standing.REVOKED, reason)
+        finally:
+            signer.close()
+            store.close()
+        print(f"{identity} is revoked")
+
+
+@device.command(name="sign-step")
+def sign(
+    step: Annotated[Path, typer.Argument(help="The training step, an ONNX file from FLEET/steps.", metavar="STEP.onnx")],
+    key: Annotated[Path, typer.Option(help="The publisher's private key.", metavar="FILE")],
+) -> None:
+    """Sign a training step as the publisher, after having judged it; the signature lies beside it, with the ending .sig."""
+    with clear_errors():
+        from fedcore.portable.signature import sign_step
+        from fedcore.secagg.keys import read_signing_key
+
+        try:
+            data = step.read_bytes()
+        except OSError as error:
+            raise Refused(f"{step} cannot be read ({error.strerror})") from error
+        step.with_suffix(".sig").write_bytes(sign_step(read_signing_key(key), data))
+        print(f"{step.with_suffix('.sig')}, {time.strftime('%Y-%m-%d')}")
+
+
+def _folder(directory: Path) -> Any:
+    from fedcore.coordinator.fleet import FleetFolder
+
+    return FleetFolder.existing(directory)

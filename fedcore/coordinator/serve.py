@@ -1,0 +1,96 @@
+"""A scenario over real devices: the run that also simulations are, with a grid behind gateways."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedcore.config import RunConfig
+from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.fleet import FleetFolder, least_uploads, offering
+from fedcore.coordinator.run import FederatedRun, RunGrid
+from fedcore.coordinator.secure import trusted_committee
+from fedcore.coordinator.strategy import accepts_mean
+from fedcore.errors import Refused
+from fedcore.gateway.blobs import Blobs
+from fedcore.gateway.conduct import Conductor
+from fedcore.gateway.fleet import Selection
+from fedcore.grids.device import DeviceGrid
+from fedcore.state.gateway import open_gateway_store
+from fedcore.state.sqlite import RunStore
+
+__all__ = ["Choice", "DeviceRun", "check_scenario", "shown"]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which devices, and how long: ``over_selection`` times the cohort are asked; ``window`` seconds are waited for them to check
+    in; ``minimum`` uploads (0: three quarters of the cohort) suffice at the deadline, [cohort] timeout."""
+
+    over_selection: float = 1.3
+    window: float = 300.0
+    minimum: int = 0
+    tiers: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+
+
+def check_scenario(config: RunConfig) -> None:
+    """Refuse what a scenario asks for and devices cannot do.
+
+    Raises:
+        Refused: it does; the line says what to change.
+    """
+    if config.evaluation.federated_every:
+        raise Refused(
+            "evaluation.federated_every: devices have no evaluation graph yet; --set evaluation.federated_every=0 leaves it out"
+        )
+    if config.cohort.dropout:
+        raise Refused("cohort.dropout is of simulated clients; real ones vanish by themselves")
+
+
+class DeviceRun(FederatedRun):
+    """A scenario over the devices of a fleet, whose gateways share ``store``.
+
+    Raises:
+        Refused: as `FederatedRun`; or `check_scenario` does.
+    """
+
+    def __init__(
+        self, config: RunConfig, directory: Path, folder: FleetFolder, store: str, choice: Choice, *, resume: bool
+    ) -> None:  # fmt: skip
+        check_scenario(config)
+        self._folder, self._where, self._choice = folder, store, choice
+        super().__init__(config, directory, self._connect, resume=resume)
+
+    def _connect(self, assembly: Assembly) -> RunGrid:
+        config, choice = assembly.config, self._choice
+        goal = config.cohort.size or len(assembly.data.clients)
+        blobs = offering(assembly, self._folder)
+        needed = (*blobs.capabilities, *(("secagg-1",) if assembly.secured else ()))
+        selection = Selection(
+            goal, choice.minimum or least_uploads(goal), config.cohort.timeout, choice.window, choice.over_selection,
+            tiers=choice.tiers, labels=choice.labels, capabilities=needed,
+        )  # fmt: skip
+        conductor = Conductor(open_gateway_store(self._where), self._folder.fleet.trust().deployment, self._folder.fleet.plan_key())
+        task, mean = self._task(config), assembly.secured is not None or accepts_mean(assembly.strategy)
+        devices = DeviceGrid(conductor, Blobs(self._folder.blobs), assembly.layout, task, selection, blobs, mean=mean)
+        if assembly.secured is None:
+            return devices
+        # The committee counts the attempts of a task from one, and this process does so anew after a restart.
+        committee = trusted_committee(config, assembly.secured)
+        return assembly.secured.wrap(devices, assembly.layout, committee, f"{task}-{int(time.time())}")
+
+    def _task(self, config: RunConfig) -> str:
+        """The run's name towards devices: the same after a restart, and never another run's."""
+        store = RunStore(self.directory)
+        store.close()
+        return f"{config.run.name[:32]}-{store.run_id[:16]}"
+
+
+def shown(address: str, directory: Path, *, as_json: bool) -> str:
+    """The line that tells where devices enrol and where the run lies."""
+    if as_json:
+        return json.dumps({"event": "serving", "address": address, "directory": str(directory)})
+    return f"devices enrol and check in at {address}; run directory {directory}"

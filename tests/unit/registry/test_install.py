@@ -1,10 +1,12 @@
 """Installations that die at every file operation, run out of disk, meet another agent, or are handed something unfit."""
 
+import copy
 import errno
 import hashlib
 import itertools
 import os
 import random
+import shutil
 import subprocess
 import sys
 
@@ -129,12 +131,10 @@ class Device:
 
 
 @pytest.fixture
-def device(tmp_path):
-    device = Device(tmp_path)
-    device.run(1)
-    with Store(tmp_path / "digits") as store:
-        store.commit()
-    device.offer(2)
+def device(template, tmp_path):
+    """One whose repository a test may change."""
+    device = clone(template, tmp_path / "device")
+    device.simulator = device.client._fetcher = template.simulator.copy()
     return device
 
 
@@ -155,31 +155,42 @@ def test_two_releases_are_kept_and_nothing_else(device):
     assert not list((device.place / "trust" / "partial").iterdir())
 
 
-def operations(place):
-    device = prepared(place)
-    disk = FaultyDisk(10**9, "before")
-    device.run(2, disk)
-    return disk.count + 1
-
-
-def prepared(place):
-    place.mkdir()
-    device = Device(place)
+@pytest.fixture(scope="module")
+def template(tmp_path_factory):
+    """A device with release 1, to which release 2 is offered."""
+    device = Device(tmp_path_factory.mktemp("template"))
     device.run(1)
-    with Store(place / "digits") as store:
+    with Store(device.place / "digits") as store:
         store.commit()
     device.offer(2)
     return device
 
 
-@pytest.mark.parametrize("lose", ["", "names", "content"])
-@pytest.mark.parametrize("how", ["before", "torn", "after"])
-def test_death_at_every_file_operation(tmp_path, how, lose):
-    total = operations(tmp_path / "whole")
+def clone(template, place):
+    """Another device with the same files, that reads the same repository."""
+    shutil.copytree(template.place, place)
+    device = copy.copy(template)
+    device.place = place
+    device.client = Client(place / "trust", device.simulator, device.simulator.files["metadata/1.root.json"], FakeClock())
+    return device
+
+
+def operations(device):
+    disk = FaultyDisk(10**9, "before")
+    device.run(2, disk)
+    return disk.count + 1
+
+
+@pytest.mark.parametrize(
+    ("how", "lose"),
+    [("before", "names"), ("before", "content"), ("torn", ""), ("torn", "names"), ("after", ""), ("after", "content")],
+)
+def test_death_at_every_file_operation(template, tmp_path, how, lose):
+    total = operations(clone(template, tmp_path / "whole"))
     assert total == 2 * 4 + 2 + 4 + 1, "two models from deltas, a downloaded batch, the pointer, and the batch's removal"
     seen = set()
     for at in range(total):
-        device = prepared(tmp_path / str(at))
+        device = clone(template, tmp_path / str(at))
         with pytest.raises(Crash):
             device.run(2, FaultyDisk(at, how, lose))
         version = device.runs()
@@ -191,10 +202,10 @@ def test_death_at_every_file_operation(tmp_path, how, lose):
     assert seen == {1, 2}
 
 
-def test_a_disk_that_fills_up_at_every_write(tmp_path):
-    total, refused = operations(tmp_path / "whole"), 0
+def test_a_disk_that_fills_up_at_every_write(template, tmp_path):
+    total, refused = operations(clone(template, tmp_path / "whole")), 0
     for at in range(total):
-        device = prepared(tmp_path / str(at))
+        device = clone(template, tmp_path / str(at))
         try:
             device.run(2, FaultyDisk(at, "full"))
         except TryAgain:
@@ -370,7 +381,7 @@ def test_what_is_left_of_downloads_is_removed_when_it_is_offered_no_more(device)
     assert [path.name for path in partial.iterdir()] == [kept]
 
 
-def test_every_fault_is_a_real_one(tmp_path):
+def test_every_fault_is_a_real_one(template, tmp_path):
     """The faulty disk forgets what was not synced: without the syncs, the same crashes leave neither model."""
 
     class Careless(FaultyDisk):
@@ -379,7 +390,7 @@ def test_every_fault_is_a_real_one(tmp_path):
 
     lost = 0
     for at in itertools.count():
-        device = prepared(tmp_path / str(at))
+        device = clone(template, tmp_path / str(at))
         try:
             device.run(2, Careless(at, "before", lose="content"))
         except Crash:

@@ -82,15 +82,30 @@ class ReadingRoom:
         own = users[0] if users else asyncio.Semaphore(self._limits.from_one)
         users.append(own)
         try:
-            async with contextlib.AsyncExitStack() as taken:
-                async with asyncio.timeout(_QUEUE * self._limits.patience):
-                    await taken.enter_async_context(own)
-                    await taken.enter_async_context(self._seats)
+            await self._sit(own)
+            try:
                 async with asyncio.timeout(self._limits.patience):
                     yield
+            finally:
+                own.release()
+                self._seats.release()
         except TimeoutError:
             raise GatewayRefusal(pb.BUSY, "the request did not arrive in time", retry_after=1000) from None
         finally:
             users.pop()
             if not users:
                 del self._of[address]
+
+    async def _sit(self, own: asyncio.Semaphore) -> None:
+        """Take a place of the address and a seat, or neither."""
+        if not own.locked() and not self._seats.locked():  # nobody to wait for, so no clock either
+            await own.acquire()
+            await self._seats.acquire()
+            return
+        async with asyncio.timeout(_QUEUE * self._limits.patience):
+            await own.acquire()
+            try:
+                await self._seats.acquire()
+            except BaseException:
+                own.release()
+                raise

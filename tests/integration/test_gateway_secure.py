@@ -98,7 +98,7 @@ def test_a_secure_round_over_devices_gives_the_sum_of_those_who_stayed(tmp_path,
     local = local_committee(3, 3, 2, "watches", POLICY)
     try:
         devices = [SecureDevice(deployment, number, local, vanishes=number in vanishing) for number in range(1, 6)]
-        inner = deployment.grid(plain.selection(5, minimum=3, deadline=6.0 if vanishing else 30.0))
+        inner = deployment.grid(plain.selection(5, minimum=3, deadline=4.0 if vanishing else 30.0))
         committee = Committee(local.trust, POLICY, local.members)
         grid = SecureGrid(inner, plain.LAYOUT, Terms(1, 1, 0, 0.1, 1, 0), committee, "run/secret")
         for one in devices:

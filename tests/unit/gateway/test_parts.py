@@ -73,7 +73,7 @@ def test_a_score_is_counts_and_a_loss():
         (update(examples=1001), "claims 1001 examples; 1 to 1000 count"),
         (update(examples=0), "claims 0 examples"),
         (update(encoding="int8"), "not in the encoding float32"),
-        (update() + b"x", ""),
+        (update() + b"x", "61 bytes do not hold 8 values"),
         (b"", "not in the encoding"),
         (bytes(2000), "has 2000 bytes, the plan allows 1000"),
     ],

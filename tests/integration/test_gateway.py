@@ -7,6 +7,7 @@ import importlib.util
 import itertools
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -266,6 +267,7 @@ def test_a_round_survives_gateways_that_are_killed_between_uploads(tmp_path, sto
         deployment.close()
         if redis:
             redis.kill()
+            shutil.rmtree(redis.folder, ignore_errors=True)
 
 
 def test_several_rounds_training_and_evaluation_one_reply_per_device(deployment):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from fedcore.errors import Refused, TryAgain
 
@@ -162,8 +162,16 @@ class DirectoryFetcher:
         except OSError as error:
             raise TryAgain(f"{self._directory / name} cannot be read ({error.strerror})") from error
         with file:
-            file.seek(offset)
-            yield Reply(offset, iter(lambda: file.read(_PIECE), b""))
+            yield Reply(offset, _read(file, offset))
+
+
+def _read(file: BinaryIO, offset: int) -> Iterator[bytes]:
+    try:
+        file.seek(offset)
+        while piece := file.read(_PIECE):
+            yield piece
+    except OSError as error:
+        raise TryAgain(f"{file.name} cannot be read ({error.strerror})") from error
 
 
 class HttpFetcher:
@@ -190,22 +198,25 @@ class HttpFetcher:
         ended.daemon = True
         ended.start()
         try:
-            headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={offset}-"} if offset else {})}
-            connection.request("GET", f"{self._path}/{urllib.parse.quote(name)}", headers=headers)
-            response = connection.getresponse()
-            if response.status in _ABSENT:
-                yield None
-            elif response.status == http.client.OK:
-                yield Reply(0, _pieces(response, name))
-            elif response.status == http.client.PARTIAL_CONTENT:
-                yield Reply(_start(response.headers.get("Content-Range", ""), name), _pieces(response, name))
-            else:
-                raise TryAgain(f"{name}: the server answers {response.status}")
-        except (OSError, http.client.HTTPException) as error:
-            raise TryAgain(f"{self._host}: no answer for {name} ({type(error).__name__})") from error
+            yield self._answer(connection, name, offset)
         finally:
             ended.cancel()
             connection.close()
+
+    def _answer(self, connection: http.client.HTTPConnection, name: str, offset: int) -> Reply | None:
+        headers = {"Accept-Encoding": "identity", **({"Range": f"bytes={offset}-"} if offset else {})}
+        try:
+            connection.request("GET", f"{self._path}/{urllib.parse.quote(name)}", headers=headers)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            raise TryAgain(f"{self._host}: no answer for {name} ({type(error).__name__})") from error
+        if response.status in _ABSENT:
+            return None
+        if response.status == http.client.OK:
+            return Reply(0, _pieces(response, name))
+        if response.status == http.client.PARTIAL_CONTENT:
+            return Reply(_start(response.headers.get("Content-Range", ""), name), _pieces(response, name))
+        raise TryAgain(f"{name}: the server answers {response.status}")
 
     def _connection(self, seconds: float) -> http.client.HTTPConnection:
         if self._secure:

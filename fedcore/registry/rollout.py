@@ -189,7 +189,10 @@ def exposed(state: Rollout) -> int:
 
 
 def assign(state: Rollout, device: str, hardware: str, clock: float) -> tuple[Rollout, int]:
-    """The state with the device in it, and the release that it should have."""
+    """The state with the device in it, and the release that it should have.
+
+    After an abort that is the baseline, until the fallback is there; devices that have the new release refuse it as older.
+    """
     plan = state.plan
     if state.phase == "full":
         return state, plan.version

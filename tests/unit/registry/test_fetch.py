@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import itertools
 import socketserver
+import ssl
 import threading
 import time
 
@@ -12,6 +13,7 @@ import pytest
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.registry.fetch import Deadline, DirectoryFetcher, HttpFetcher, fetch_bytes, fetch_file
+from fedcore.secagg.keys import new_tls_certificate
 
 DATA = bytes(range(256)) * 3000
 DIGEST = hashlib.sha256(DATA).digest()
@@ -136,6 +138,46 @@ def test_nobody_answers_and_wrong_addresses():
     for url in ("ftp://x/", "http:///x", "https://user@x/", "http://x/?a=b"):
         with pytest.raises(Refused, match="http"):
             HttpFetcher(url)
+
+
+def test_https_with_a_pinned_certificate_and_not_with_another(tmp_path):
+    for name in ("ours", "theirs"):
+        (tmp_path / name).mkdir()
+        new_tls_certificate(tmp_path / name, name, 2)
+    (tmp_path / "x").write_bytes(DATA)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *given):
+            super().__init__(*given, directory=str(tmp_path))
+
+        def log_message(self, *_):
+            pass
+
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *_):
+            pass  # the client that refuses us
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(tmp_path / "ours" / "tls.pem", tmp_path / "ours" / "tls.key")
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        for name in ("ours", "theirs"):
+            trusted = ssl.create_default_context(cafile=str(tmp_path / name / "tls.pem"))
+            trusted.check_hostname = False  # pinned, whatever its name
+            fetcher = HttpFetcher(f"https://127.0.0.1:{server.server_port}", trusted)
+            if name == "ours":
+                assert fetch_bytes(fetcher, "x", len(DATA), Deadline(20)) == DATA
+            else:
+                with pytest.raises(TryAgain, match="SSLCertVerificationError"):
+                    fetch_bytes(fetcher, "x", len(DATA), Deadline(20))
+        server.shutdown()
+
+
+def test_a_full_disk_is_said_to_be_one(tmp_path):
+    """Not that the server did not answer."""
+    with serving(ranged) as fetcher, pytest.raises(TryAgain, match="cannot be written"):
+        fetch_file(fetcher, "x", tmp_path / "no" / "such" / "folder", len(DATA), DIGEST, Deadline(20))
 
 
 def test_a_deadline_that_passed():

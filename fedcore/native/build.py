@@ -19,7 +19,9 @@ from pathlib import Path
 from fedcore.errors import Refused
 from fedcore.native.tiles import Target
 
-__all__ = ["AVX2", "AVX512", "NEON", "BuildFailed", "build", "cache_directory", "compile_library", "host_target"]
+__all__ = [
+    "AVX2", "AVX512", "COMMON", "NEON", "SHARED", "BuildFailed", "build", "cache_directory", "compile_library", "host_target",
+]  # fmt: skip
 
 _X86 = ("-target", "x86_64-linux-musl")
 AVX512 = Target("avx512", (*_X86, "-mcpu=x86_64_v4", "-mprefer-vector-width=512"), 28)
@@ -27,10 +29,12 @@ AVX2 = Target("avx2", (*_X86, "-mcpu=x86_64_v3"), 6)
 NEON = Target("neon", ("-target", "aarch64-linux-musl", "-mcpu=generic"), 6)
 # Contraction within an expression only, so that all processors with fused multiply-add round alike; math-errno and traps are
 # libc's and the debugger's concern.
-FLAGS = (
+COMMON = (
     "-std=gnu11", "-O3", "-g0", "-s", "-ffp-contract=on", "-fno-math-errno", "-fno-trapping-math", "-fno-sanitize=all",
-    "-fno-stack-protector", "-fvisibility=hidden", "-fPIC", "-shared", "-nostdlib", "-Wno-psabi",
+    "-fno-stack-protector", "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
+SHARED = ("-fPIC", "-shared", "-nostdlib")
+FLAGS = (*COMMON, *SHARED)
 _SECONDS = 300  # the first build of a target may compile the compiler's runtime
 
 

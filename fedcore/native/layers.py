@@ -15,7 +15,19 @@ from torch import nn
 from fedcore.errors import Refused
 from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLinear
 
-__all__ = ["Activation", "Convolution", "FullyConnected", "Layer", "Network", "Pool", "Quantizer", "Shape", "Unsupported", "lower"]
+__all__ = [
+    "Activation",
+    "Convolution",
+    "FullyConnected",
+    "Layer",
+    "Network",
+    "Pool",
+    "Quantizer",
+    "Shape",
+    "Unsupported",
+    "leaves",
+    "lower",
+]
 
 Shape = tuple[int, int, int]
 Pair = tuple[int, int]
@@ -105,7 +117,7 @@ def lower(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
     source = _shape(input_shape)
     layers: list[Layer] = []
     shape, flat = source, len(input_shape) == 1
-    for name, module in _leaves(model, ""):
+    for name, module in leaves(model, ""):
         if module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported(f"layer {name} has forward hooks")
         if isinstance(module, nn.Flatten):
@@ -139,13 +151,14 @@ def _check(model: nn.Module, layers: list[Layer], shape: Shape, flat: bool) -> N
         raise Unsupported("two layers share a parameter")
 
 
-def _leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+def leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """The layers of nested Sequentials, by name, in the order in which they run."""
     if type(module) is not nn.Sequential:
         yield name, module
         return
     for key, child in module._modules.items():
         if child is not None:
-            yield from _leaves(child, f"{name}.{key}".lstrip("."))
+            yield from leaves(child, f"{name}.{key}".lstrip("."))
 
 
 def _shape(sizes: tuple[int, ...]) -> Shape:

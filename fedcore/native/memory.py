@@ -32,10 +32,11 @@ class Memory:
     boundary: frozenset[int]
 
 
-def plan_memory(blocks: Blocks) -> Memory:
-    """The plan of a network; the same for every processor, since the parts of a batch decide the order of additions."""
+def plan_memory(blocks: Blocks, rows: int = 0) -> Memory:
+    """The plan of a network; the same for every processor, since the parts of a batch decide the order of additions. With ``rows``
+    for as many examples together, where memory is short: sums then round otherwise."""
     each = blocks.input.target.size + sum(block.target.size for block in blocks.blocks)
-    rows = min(max(_ACTIVATIONS // each, _LEAST), _MOST)
+    rows = rows or min(max(_ACTIVATIONS // each, _LEAST), _MOST)
     last = len(blocks.blocks) - 1
     boundary = frozenset(
         i for i, block in enumerate(blocks.blocks)

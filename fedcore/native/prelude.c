@@ -2,7 +2,8 @@
 
    One logical vector everywhere: the compiler splits it where registers are narrower, so that every target adds the same numbers
    in the same order. No libc: devices may have another one or none. Products are fused with the sum of the same expression
-   (-ffp-contract=on) and nowhere else; -ffast-math would change the order. */
+   (-ffp-contract=on) and nowhere else; -ffast-math would change the order. Where vectors are taken apart (Cortex-M) only
+   -ffp-contract=fast fuses at all: rounding to integers is kept out of it here. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -45,6 +46,7 @@ typedef int32_t word;
     INLINE void store_words##n(word *p, I##n v) { *(J##n *)p = v; }                                                             \
     INLINE V##n magnitude##n(V##n v) { return pick##n(v < 0, -v, v); }                                                         \
     INLINE V##n round##n(V##n v) {                                                                                             \
+        _Pragma("clang fp contract(off)")                                                                                      \
         V##n up = v + MAGIC;                                                                                                   \
         return up - MAGIC;                                                                                                     \
     }

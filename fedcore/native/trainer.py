@@ -36,7 +36,7 @@ from fedcore.training.plan import (
     poisson_batches,
 )
 
-__all__ = ["NativeTrainer", "Program", "prepare"]
+__all__ = ["NativeTrainer", "Program", "Worker", "prepare"]
 
 _ALIGNMENT = 4096
 
@@ -92,18 +92,18 @@ class NativeTrainer:
 
     def __init__(self, model: nn.Module, target: Target | None = None) -> None:
         self.model, self.target = model.train(), target
-        self._workers: dict[tuple[int, ...], _Worker] = {}
+        self._workers: dict[tuple[int, ...], Worker] = {}
 
     def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
         """See `plan.LocalTrainer`."""
         for client in clients:
             shape = tuple(client.x.shape[1:])
             if shape not in self._workers:
-                self._workers[shape] = _Worker(Program.of(self.model, shape, self.target), self.model)
+                self._workers[shape] = Worker(Program.of(self.model, shape, self.target), self.model)
             yield self._workers[shape].train(start, client, plan)
 
 
-class _Worker:
+class Worker:
     """A loaded program with its workspace, which it begins and leaves with zeros where the program expects them."""
 
     def __init__(self, program: Program, model: nn.Module) -> None:

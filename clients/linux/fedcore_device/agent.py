@@ -31,6 +31,7 @@ __all__ = ["Agent", "Stop", "default_directory", "enrol_device", "forget_device"
 _LOG = logging.getLogger(__name__)
 _RENEW_BEFORE = 30 * 86_400  # seconds before a certificate ends
 _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds after a call that failed; doubled each time, and never all devices at once
+_REFUSED_PAUSE = 30.0  # seconds after a plan that the device refused, which the gateway may offer again
 _WRONG_CLOCK = 300.0
 _IMPORTANT = 600_000  # milliseconds by which the floor rises before it is written for its own sake
 _ENDS = {pb.REVOKED, pb.QUARANTINED, pb.PROTOCOL, pb.BAD_SIGNATURE, pb.TOKEN_REFUSED}
@@ -122,7 +123,7 @@ class Agent:
         self._look, self._monotonic = look, monotonic
         self._requests = Requests(load_enrolled(state), state.next_number, clock=environment.clock, floor=state.floor)
         self._failures = 0
-        self._last_wait = _FIRST_PAUSE
+        self._told_wait = 0.0
         self.waiting_for = ""
 
     def run(self, stop: Stop) -> None:
@@ -135,7 +136,7 @@ class Agent:
         while not stop.is_set():
             self.waiting_for = self.why_not()
             if not self.waiting_for and left <= 0:
-                left = self._last_wait = self._visit(stop.is_set)
+                left = self._visit(stop.is_set)
             began = self._monotonic()
             stop.wait(self._look if self.waiting_for else min(self._look, max(left, 0.01)))
             if not self.waiting_for:
@@ -176,13 +177,14 @@ class Agent:
         if reply.HasField("assignment"):
             accepted = doing.accept(reply.assignment, visit)
             if accepted is None:
-                return self._last_wait
+                return max(self._told_wait, _REFUSED_PAUSE)
             _LOG.info("round %d of %s", accepted.round, accepted.task)
             doing.go_on(accepted)
             return 0.0
         if not reply.HasField("wait"):
-            return 0.0  # another visit is asked for
-        return float(reply.wait.retry_after_ms) / 1000
+            return _FIRST_PAUSE  # another visit is asked for already
+        self._told_wait = float(reply.wait.retry_after_ms) / 1000
+        return self._told_wait
 
     def _body(self, doing: RoundWork, round_key: bytes = b"") -> pb.CheckInBody:
         facts, now = self._policy.device, self._environment.conditions(training=False)
@@ -235,7 +237,8 @@ class Agent:
         return self._later(str(refusal), refusal.retry_after / 1000)
 
     def _later(self, problem: str, least: float = 0.0) -> float:
-        """Seconds to wait after a failure: the same wait as before at least, and longer with every one."""
+        """Seconds to wait after a failure: longer with every one, and where no round is at stake the last wait again at least, so
+        that a fleet whose gateways were away comes back as evenly as it was."""
         behind = self._requests.floor / 1000 - self._environment.clock()
         if behind > _WRONG_CLOCK:
             problem = f"clock: this device's clock is {behind:.0f} s behind the gateways'; {problem}"
@@ -243,9 +246,10 @@ class Agent:
             problem = f"clock: TLS fails, as it does where a clock is wrong; {problem}"
         self._state.problem = problem
         _LOG.warning("%s", problem)
-        pause = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2 ** min(self._failures, 16)) * random.uniform(0.5, 1.5)  # noqa: S311 - no secret
+        pause: float = min(_LONGEST_PAUSE, _FIRST_PAUSE * 2.0 ** min(self._failures, 16))
+        pause *= random.uniform(0.5, 1.5)  # noqa: S311 - no secret
         self._failures += 1
-        return max(least, pause, self._last_wait if self._failures == 1 else 0.0)
+        return max(least, pause, 0.0 if self._state.work() else self._told_wait)
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[GatewayClient]:

@@ -157,21 +157,23 @@ def _section(file: Path, name: str, kind: type[Any], table: Any) -> Any:
         if key not in defaults:
             raise Refused(f"{file}: [{name}] has no key {key}; allowed: {', '.join(defaults)}")
         like = defaults[key]
-        if isinstance(like, tuple):
-            fits = isinstance(value, list) and all(isinstance(one, str) for one in value)
-        elif isinstance(like, bool):
-            fits = isinstance(value, bool)
-        else:
-            fits = (
-                isinstance(value, (int, float) if isinstance(like, float) else int) and not isinstance(value, bool) and value >= 0
-            )
-        if not fits:
+        if not _fits(value, like):
             raise Refused(f"{file}: [{name}] {key} = {value!r}; it is like {like!r}")
         given[key] = tuple(value) if isinstance(like, tuple) else type(like)(value)
     try:
         return kind(**given)
     except Refused as error:
         raise Refused(f"{file}: [{name}]: {error}") from None
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether a value of the file is of the kind of a default, and not negative."""
+    if isinstance(like, tuple):
+        return isinstance(value, list) and all(isinstance(one, str) for one in value)
+    if isinstance(like, bool | str):
+        return isinstance(value, type(like))
+    kinds = (int, float) if isinstance(like, float) else (int,)
+    return isinstance(value, kinds) and not isinstance(value, bool) and value >= 0
 
 
 def _span(window: str) -> tuple[int, int]:

@@ -250,7 +250,7 @@ class RoundWork:
 
     def _sayable_facts(self, work: Work) -> dict[str, Any]:
         told = work.told
-        facts = {name: int(told[name]) for name in ("steps", "peak_memory_bytes") if name in told}
+        facts: dict[str, Any] = {name: int(told[name]) for name in ("steps", "peak_memory_bytes") if name in told}
         if self._policy.device.tell_examples and told.get("released") is False:
             facts |= {"examples": int(told["examples"]), "loss": float(told["loss"])}
         return facts

@@ -1,4 +1,4 @@
-"""Makes `worlds.py` importable as ``device_worlds``; the device's package comes from its own folder."""
+"""Makes `worlds.py` importable as ``device_worlds``, and `fleet_fake.py`; the device's package comes from its own folder."""
 
 import importlib.util
 import sys
@@ -8,9 +8,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "clients" / "linux"))
-spec = importlib.util.spec_from_file_location("device_worlds", Path(__file__).with_name("worlds.py"))
-sys.modules["device_worlds"] = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(sys.modules["device_worlds"])
+for name, file in (("device_worlds", "worlds.py"), ("fleet_fake", "fleet_fake.py")):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
+    sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules[name])
 
 
 @pytest.fixture(autouse=True)

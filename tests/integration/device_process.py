@@ -1,7 +1,6 @@
 """A device process for tests: client NUMBER of a scenario, with its examples and the data order of the simulation of the same seed.
 
-``python device_process.py STATE NUMBER FOLDER`` reads FOLDER/NUMBER.npz and FOLDER/scenario.toml's seed; FOLDER/slow-NUMBER, if it
-is there, makes it pause before its child is watched to the end, so that a test can kill it while it trains.
+``python device_process.py STATE NUMBER FOLDER`` trains on the files in FOLDER/client-NUMBER.
 """
 
 import signal
@@ -41,9 +40,7 @@ def draws_of(number):
         import numpy as np
         from fedcore_device.checkpoint import state_of
 
-        bits = np.random.Philox(
-            np.random.SeedSequence([SEED, plan.server_round, number, 1])
-        )  # as client_rng
+        bits = np.random.Philox(np.random.SeedSequence([SEED, plan.server_round, number, 1]))  # as client_rng
         return {"state": state_of(np.random.Generator(bits)), "noise_key": bytes(16).hex()}
 
     return draw

@@ -176,10 +176,11 @@ class _Audit:
                 yield from self._delta(entry, sound, sizes)
 
     def _delta(self, entry: Entry, sound: dict[bytes, str], sizes: dict[bytes, int]) -> Iterator[Finding]:
-        """A delta gives what it promises, where both its ends are offered."""
+        """A delta gives what it promises, where its base is still offered."""
         base, result = bytes.fromhex(entry.custom["base"]), bytes.fromhex(entry.custom["result"])
+        if result not in sizes:
+            yield Finding("problem", f"target {entry.path!r}: a delta to a file that is not offered")
         if base not in sound or result not in sizes:
-            yield Finding("problem", f"target {entry.path!r}: a delta whose ends are not both offered")
             return
         before, change = self._files.read(sound[base]) or b"", self._files.read(sound[entry.digest]) or b""
         try:
@@ -209,8 +210,20 @@ class _Audit:
             delegators = [*self._all_targets, *self._known_targets(current)] if role == RELEASES else list(self._roots)
             if not any(_delegates(one, role, metadata) for one in delegators):
                 yield Finding("problem", f"{name}: an older version, signed by no keys of {role} that a root ever named")
-            elif role == TARGETS:
+                continue
+            if role == TARGETS:
                 self._all_targets.append(metadata.signed)
+            if role in {TARGETS, RELEASES}:
+                yield from self._withdrawn(metadata.signed)
+
+    def _withdrawn(self, targets: Targets) -> Iterator[Finding]:
+        """Targets that are offered no more may stay; what is there under their names is what was signed."""
+        for path, target in targets.targets.items():
+            name = target_name(path, target.hashes.get("sha256", ""))
+            if name in self._names - self._named:
+                self._named.add(name)
+                if hashlib.sha256(self._files.read(name) or b"").hexdigest() != target.hashes.get("sha256"):
+                    yield Finding("problem", f"{name}: not the bytes whose hash was signed")
 
     def _known_targets(self, current: dict[str, int]) -> list[Targets]:
         if TARGETS not in current:

@@ -43,7 +43,8 @@ from fedcore.registry.roles import (
 
 __all__ = ["Client", "trusted_set"]
 
-_LIMITS = UpdaterConfig()  # python-tuf's: root 512 kB, timestamp 16 kB, snapshot 2 MB, targets 5 MB, 256 roots at once
+_LIMITS = UpdaterConfig()  # python-tuf's: root 512 kB, timestamp 16 kB, snapshot 2 MB, 256 roots at once
+_LARGEST_TARGETS = 32 << 20  # whatever length an online key signs
 _TRUST = "trust.json"
 
 
@@ -175,7 +176,7 @@ class Client:
 
     def _load_snapshot(self, trusted: TrustedMetadataSet, deadline: Deadline) -> None:
         meta = trusted.timestamp.snapshot_meta
-        limit = meta.length or _LIMITS.snapshot_max_length
+        limit = min(meta.length or _LIMITS.snapshot_max_length, _LIMITS.snapshot_max_length)
         snapshot = trusted.update_snapshot(self._metadata(SNAPSHOT, meta.version, limit, deadline))
         for role in (TARGETS, RELEASES):
             if f"{role}.json" not in snapshot.meta:
@@ -192,7 +193,8 @@ class Client:
                 path.unlink()  # damaged, or signed by keys that a newer root does not name
             else:
                 return
-        data = self._metadata(role, meta.version, meta.length or _LIMITS.targets_max_length, deadline)
+        limit = min(meta.length or _LARGEST_TARGETS, _LARGEST_TARGETS)
+        data = self._metadata(role, meta.version, limit, deadline)
         trusted.update_delegated_targets(data, role, delegator)
         _write(path, data)
 

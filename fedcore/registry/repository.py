@@ -31,7 +31,7 @@ from tuf.api.metadata import (
 )
 
 from fedcore.errors import Refused
-from fedcore.registry.catalogue import ARTEFACT, RELEASE_PATTERN, Catalogue, Item, entries_of
+from fedcore.registry.catalogue import ARTEFACT, RELEASE_PATTERN, Catalogue, Entry, Item, entries_of
 from fedcore.registry.files import Files
 from fedcore.registry.keys import RoleKeys, Signers
 from fedcore.registry.roles import (
@@ -99,15 +99,18 @@ def create(files: Files, keys: Mapping[str, RoleKeys], signers: Signers, now: da
         _write(files, initial(keys, signers, now))
 
 
-def publish(files: Files, items: Sequence[Item], signers: Signers, now: datetime) -> None:
+def publish(files: Files, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None) -> None:
     """Add targets. Items below releases/ are signed by the role `releases`, all others by `targets`.
+
+    With ``keep``, only so many of the newest releases of each model are offered from then on, which bounds the metadata that
+    devices read; files of older ones stay where they are.
 
     Raises:
         Refused: a path is taken by other content, a release is not above the last one of its model, or a key is missing.
         TryAgain: the place cannot be written; readers see what was there before.
     """
     with files.held():
-        _write(files, publication(load(files), items, signers, now))
+        _write(files, publication(load(files), items, signers, now, keep))
 
 
 def renew(files: Files, signers: Signers, now: datetime) -> list[str]:
@@ -171,8 +174,10 @@ def initial(keys: Mapping[str, RoleKeys], signers: Signers, now: datetime) -> li
     return [(metadata_name(ROOT, 1), _signed(root, root, ROOT, signers)), *_resigned(state, {TARGETS, RELEASES}, signers, now)]
 
 
-def publication(state: State, items: Sequence[Item], signers: Signers, now: datetime) -> list[Write]:
+def publication(state: State, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None) -> list[Write]:
     """What `publish` writes, in order."""
+    if keep is not None and keep < 1:
+        raise Refused(f"at least one release of a model is kept, got {keep}")
     _check_items(state, items)
     targets, releases = copy.deepcopy(state.targets), copy.deepcopy(state.releases)
     writes: dict[str, bytes] = {}
@@ -183,6 +188,8 @@ def publication(state: State, items: Sequence[Item], signers: Signers, now: date
         (releases if role == RELEASES else targets).targets[item.path] = target
         changed.add(role)
         writes[target_name(item.path, target.hashes["sha256"])] = item.data
+    if keep is not None:
+        releases.targets = _newest(releases.targets, keep)
     return [*writes.items(), *_resigned(replace(state, targets=targets, releases=releases), changed, signers, now)]
 
 
@@ -242,6 +249,17 @@ def full_keyid(state: State, role: str, start: str | None) -> str:
     if len(keyids) != 1:
         raise Refused(f"which key of {role} is to be replaced? There is more than one or none: {', '.join(keyids) or 'none'}")
     return keyids[0]
+
+
+def _newest(targets: Mapping[str, TargetFile], keep: int) -> dict[str, TargetFile]:
+    """Targets of the last releases of each model."""
+    entries = {path: Entry.of(target) for path, target in targets.items()}
+    versions: dict[str, set[int]] = {}
+    for entry in entries.values():
+        model, version = entry.release
+        versions.setdefault(model, set()).add(version)
+    kept = {model: set(sorted(held)[-keep:]) for model, held in versions.items()}
+    return {path: targets[path] for path, entry in entries.items() if entry.release[1] in kept[entry.release[0]]}
 
 
 def _replaced(delegator: Root | Targets, role: str, old: str | None, new: SSlibKey) -> str:

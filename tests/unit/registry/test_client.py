@@ -200,6 +200,16 @@ def test_endless_metadata(simulator, client, name):
     assert len(given) < 50
 
 
+def test_a_length_that_a_stolen_online_key_signs_is_bounded_too(simulator, client):
+    simulator.timestamp.snapshot_meta.length = 1 << 60
+    simulator.publish_timestamp()
+    given = []
+    simulator.spoil["metadata/2.snapshot.json"] = lambda _: (given.append(1) or b" " * 50_000 for _ in itertools.count())
+    with pytest.raises(Refused, match="more than the 2000000 bytes"):
+        look(client)
+    assert len(given) < 50
+
+
 def test_an_endless_target(simulator, client, tmp_path):
     entry = look(client).artefact("digits", 1, "entry", "onnx")
     name = next(name for name in simulator.files if name.startswith("targets/"))

@@ -1,5 +1,6 @@
 """A repository through its life: publications killed at every write, rotations, a lost key, ends, and an auditor's look at each."""
 
+import hashlib
 import shutil
 import time
 from pathlib import Path
@@ -238,6 +239,28 @@ def test_versions_of_a_release_only_go_up_and_a_rollback_is_a_higher_release_of_
     assert found.artefact("digits", 6, "entry", "onnx").digest == found.artefact("digits", 1, "entry", "onnx").digest
 
 
+def test_old_releases_can_be_withdrawn_and_their_files_stay_sound(world):
+    other = artefact("words", 1, "entry", "onnx", "model.onnx", b"words")
+    world.publish(other)
+    for version in range(1, 5):
+        items = [model(version), self_test("digits", version, b"b%d" % version)]
+        if version > 1:
+            before, after = model(version - 1).data, model(version).data
+            ends = [hashlib.sha256(data).digest() for data in (before, after)]
+            items.append(delta("digits", version, *ends, make_delta(before, after)))
+        publish(world.files, items, world.signers, NOW, keep=2)
+    found = world.client().refresh(NOW, 9.0)
+    assert found.releases() == {("digits", 3), ("digits", 4), ("words", 1)}
+    assert found.self_test("digits", 2) is None
+    assert audit(world.files, NOW) == []
+    spoil(world, "releases/digits/1/entry")
+    assert any("hash was signed" in line for line in world.problems())
+    with pytest.raises(Refused, match="not above 4"):
+        world.publish(model(2, b"again"))
+    with pytest.raises(Refused, match="at least one"):
+        publish(world.files, [model(5)], world.signers, NOW, keep=0)
+
+
 def test_a_path_keeps_its_content(world):
     world.publish(self_test("digits", 1, b"one"))
     with pytest.raises(Refused, match="keeps its content for ever"):
@@ -342,7 +365,7 @@ def test_an_auditor_applies_deltas(world):
     world.publish(second, delta("digits", 2, *ends, make_delta(first.data, first.data + b"x")))
     assert any("does not give the file that was promised" in line or "at most" in line for line in world.problems())
     world.publish(delta("digits", 2, ends[1], b"\0" * 32, make_delta(first.data, second.data)))
-    assert any("ends are not both offered" in line for line in world.problems())
+    assert any("a delta to a file that is not offered" in line for line in world.problems())
 
 
 def test_one_publisher_at_a_time(world):

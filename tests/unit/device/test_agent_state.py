@@ -112,7 +112,8 @@ class TestPolicy:
         assert (found.conditions.windows, found.conditions.temperature, found.device.tier) == (("22:00-06:00",), 60.0, "pi")
 
     @pytest.mark.parametrize(("text", "word"), [
-        ("[plans]", "unknown section [plans]"), ("[plan]\nnoise = 1", "no key noise"), ("[plan]\nsecure_aggregation = 0", "like True"),
+        ("[plans]", "unknown section [plans]"), ("[plan]\nnoise = 1", "no key noise"),
+        ("[plan]\nsecure_aggregation = 0", "like True"),
         ("[plan]\nnoise_multiplier = -1", "-1"), ("[plan]\nminimum_devices = 1.5", "1.5"), ("[plan", "cannot be read"),
         ('[conditions]\nwindows = ["25:00-26:00"]', "25:00"), ("[conditions]\nwindows = [1]", "windows"),
         ("[plan]\nminimum_devices = true", "True"),

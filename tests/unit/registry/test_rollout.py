@@ -356,3 +356,23 @@ def test_two_releases_side_by_side():
     same = compare_releases(a, a, signals)
     assert {row.verdict for row in same} == {"no difference shown"}
     assert dataclasses.is_dataclass(same[0])
+
+
+@pytest.mark.slow
+def test_harmless_rollouts_by_the_whole_decision():
+    """All signals, three hardware models, silence and 24 looks, by `decide` itself."""
+    aborted, rollouts = 0, 150
+    for seed in range(rollouts):
+        rng = np.random.default_rng(1000 + seed)
+        state = running(fleet=2000, stages=(0.1, 0.4), hardware=("a", "b"), corrupt=0.0)
+        everybody = devices(2000)
+        rng.shuffle(everybody)
+        for look in range(24):
+            clock = look * HOUR
+            for number, device in enumerate(everybody[look * 160 : (look + 1) * 160]):
+                state, _ = assign(state, device, ("a", "b", "c")[number % 3], clock)
+            state, decision, _ = decide(state, reports_of(state, honest, honest, rng, clock), clock)
+            if decision == "abort":
+                aborted += 1
+                break
+    assert aborted <= 0.05 * rollouts

@@ -10,12 +10,12 @@ help: ## List the targets
 
 setup: $(READY) ## Create .venv with everything that demo and test need
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml constraints.txt clients/linux/pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "fedcore needs Python 3.11 or newer; set PYTHON=...")'
 	test -d .venv || $(PYTHON) -m venv .venv
 	# torch first and by its exact series: an open range would pull a build with gigabytes of CUDA.
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "torch==2.13.*"
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[server,data,native,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[server,data,native,dev]" -e clients/linux
 	touch $@
 
 demo: $(READY) ## Federate the digits data set: one to three minutes

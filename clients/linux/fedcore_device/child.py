@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
 import signal
 import sys
 import time
@@ -58,9 +57,15 @@ def _main() -> int:
         code, told = PAUSED, {"reason": str(error)}
     except (FedcoreError, MemoryError) as error:
         code, told = FAILED, {"reason": str(error) or type(error).__name__}
-    told["peak_memory_bytes"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    told["peak_memory_bytes"] = _peak_memory()
     write_durably(directory / "result.json", json.dumps(told).encode())
     return code
+
+
+def _peak_memory() -> int:
+    """Bytes resident at most. Not of getrusage, which counts what the parent had when it forked."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return 1024 * int(status["VmHWM"].split()[0])
 
 
 def _work(directory: Path, job: Mapping[str, Any]) -> dict[str, Any]:

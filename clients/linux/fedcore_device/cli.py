@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import logging
 import os
@@ -37,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     enroll = commands.add_parser("enroll", help="enrol this device with a token of the fleet")
     enroll.add_argument("--server", required=True, metavar="HOST:PORT")
-    enroll.add_argument("--token", metavar="TOKEN", help="if not given: $FEDCORE_TOKEN, or the first line of standard input")
+    enroll.add_argument("--token", metavar="TOKEN", help="if not given: $FEDCORE_TOKEN, or it is asked for")
     enroll.add_argument("--plain", action="store_true", help="without TLS; loopback only")
     enroll.set_defaults(call=_enroll)
     run = commands.add_parser("run", help="take part in rounds until SIGTERM or Ctrl-C")
@@ -66,7 +67,9 @@ def _enroll(given: argparse.Namespace) -> int:
     from fedcore_device.agent import enrol_device
 
     state = _state(given)
-    token = given.token or os.environ.get("FEDCORE_TOKEN") or sys.stdin.readline()
+    token = given.token or os.environ.get("FEDCORE_TOKEN") or (
+        getpass.getpass("enrolment token: ") if sys.stdin.isatty() else sys.stdin.readline()
+    )  # fmt: skip
     with state.locked():
         enrolled = enrol_device(state, given.server, token, plain=given.plain)
     print(f"enrolled in {enrolled.trust.deployment!r} as device {spell(enrolled.device)}")

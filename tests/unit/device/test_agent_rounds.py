@@ -1,6 +1,11 @@
 """One round on a device: what it refuses, and what survives interruptions; the child that trains is a real one."""
 
 import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import fedcore_device.rounds
 import numpy as np
@@ -33,8 +38,9 @@ from onnx import TensorProto, helper, numpy_helper
 from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.models import layout_of
 from fedcore.portable.form import FORM_KEY
-from fedcore.quantization.wire import decode_update
+from fedcore.quantization.wire import decode_update, encode_model
 
 
 @pytest.fixture
@@ -361,3 +367,45 @@ def test_training_over_its_limits_is_ended(device, limits):
     work.go_on(work.accept(assignment(long_plan(gateway))))
     assert outcomes(gateway) == [pb.FAILED]
     assert not gateway.uploads
+
+
+def test_an_agent_at_rest_is_small_and_light(tmp_path):
+    """In a process of its own: what it imports and holds between two rounds, with a connection open."""
+    program = """
+import json, sys
+from pathlib import Path
+from fedcore_device import agent, cli, environment, policy, rounds, state
+from fedcore.gateway.client import channel_to
+from fedcore.gateway.messages import FleetTrust
+import grpc
+channel = channel_to("localhost:1", FleetTrust("x", bytes(32), (), (), (), b"", b"", b""), plain=True)
+environment.LinuxEnvironment(Path(sys.argv[1]), "x").conditions(training=False)
+state.State(Path(sys.argv[1]) / "s").next_number()
+status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+heavy = [name for name in ("numpy", "onnxruntime", "torch", "flwr", "tuf", "typer", "rich") if name in sys.modules]
+print(json.dumps({"rss": int(status["VmRSS"].split()[0]) / 1024, "heavy": heavy}))
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[3] / "clients" / "linux")}
+    run = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False, env=environment
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout)
+    assert found["heavy"] == []
+    assert found["rss"] <= 80
+
+
+def test_a_child_that_trains_the_cnn_stays_within_the_devices_memory(device):
+    """The agent at rest and its child together: 150 MB, shared libraries counted twice."""
+    state, world, gateway = device
+    x, y = examples("cnn", 64)
+    np.savez(Path(world.examples) / "examples.npz", x=x, y=y)
+    model, step = network("cnn"), exported("cnn", batch=16)
+    layout = layout_of(model, trainable=True)
+    blobs = [gateway.put("model", encode_model(layout.wire_tensors(start_of(model))))]
+    given = plan(gateway, blobs=step_blobs(gateway, step.data), values=layout.size)
+    given.blobs[0].CopyFrom(blobs[0])
+    work = doing(state, world, gateway)
+    work.go_on(work.accept(assignment(given)))
+    assert outcomes(gateway) == [pb.UPLOADED]
+    assert 0 < gateway.reports[0].peak_memory_bytes <= 90_000_000

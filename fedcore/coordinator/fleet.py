@@ -39,6 +39,9 @@ __all__ = ["FleetFolder", "ServedGateway", "least_uploads", "offering"]
 
 _PUBLISHER = "publisher"
 _READY = 30.0  # seconds that a gateway has to begin
+# A gateway whose coordinator was killed would keep the port that the next one needs: it dies with it (PR_SET_PDEATHSIG, SIGKILL).
+_PROGRAM = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+_BOUND = [sys.executable, "-c", _PROGRAM] if sys.platform == "linux" else [sys.executable]
 _PAUSE = 1.0  # seconds before a gateway that ended is started again
 
 
@@ -202,7 +205,7 @@ class ServedGateway:
         file.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this package
-                [sys.executable, "-m", "fedcore.gateway.process", str(file)], stdout=subprocess.PIPE, stderr=errors,
+                [*_BOUND, "-m", "fedcore.gateway.process", str(file)], stdout=subprocess.PIPE, stderr=errors,
                 stdin=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | {"GRPC_VERBOSITY": "NONE"},
             )  # fmt: skip
         late = threading.Timer(_READY, self._process.kill)

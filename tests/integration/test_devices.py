@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -184,3 +186,110 @@ def test_with_fake_quant_eight_devices_predict_what_the_simulation_predicts(tmp_
         with torch.no_grad():
             answers.append(model(x).argmax(1))
     assert (answers[0] == answers[1]).float().mean() >= 0.99
+
+
+_QUICK = ("--json", "--over-selection", "1", "--window", "60")
+
+
+class Served:
+    """`fedcore serve` as a process; what it says, line by line."""
+
+    def __init__(self, folder, *options):
+        command = [sys.executable, "-c", "from fedcore.cli import main; main()"]
+        self.log = folder / "serve.log"
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*command, "serve", folder / "scenario.toml", "--fleet", folder / "fleet", "--out", folder / "run", *_QUICK, *options],
+                stdout=subprocess.PIPE, stderr=log, text=True,
+            )  # fmt: skip
+
+    def until(self, event):
+        for line in self.process.stdout:
+            found = json.loads(line)
+            if found["event"] == event:
+                return found
+        raise AssertionError(self.log.read_text())
+
+    def end(self, number):
+        self.process.send_signal(number)
+        code = self.process.wait(30)
+        self.process.stdout.close()
+        return code
+
+
+def fedcore(*arguments):
+    command = [sys.executable, "-c", "from fedcore.cli import main; main()", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def listed_devices(folder):
+    return [json.loads(line) for line in fedcore("device", "list", "--fleet", folder / "fleet", "--json").stdout.splitlines()]
+
+
+def fedcore_device(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2] / "clients" / "linux")}
+    return [sys.executable, "-m", "fedcore_device", "--state", str(folder), *map(str, arguments)], environment
+
+
+@pytest.mark.slow
+def test_the_commands_from_token_to_forget_with_a_coordinator_and_a_gateway_that_are_killed(tmp_path, devices):
+    prepared(tmp_path, devices, clients=2, rounds=4)
+    served = Served(tmp_path, "--listen", "127.0.0.1:0")
+    address = served.until("serving")["address"]
+    tokens = fedcore("device", "token", "--fleet", tmp_path / "fleet", "--count", 2).stdout.split()
+    try:
+        for number, token in enumerate(tokens):
+            state = tmp_path / f"state-{number}"
+            command, environment = fedcore_device(state, "enroll", "--server", address)
+            done = subprocess.run(command, env=environment, input=token, capture_output=True, text=True, check=False)
+            assert "enrolled in 'watches'" in done.stdout, done.stderr
+            (state / "policy.toml").write_text(
+                "[plan]\nsecure_aggregation = false\nnoise_multiplier = 0\nminimum_devices = 1\ncorrupt_devices = 0\n"
+            )
+            good = {"charging": True, "unmetered": True, "idle": True, "temperature": 20.0, "free_storage": 1 << 40}
+            (tmp_path / "good.json").write_text(json.dumps(good))
+            command, environment = fedcore_device(
+                state, "run", "--examples", tmp_path / f"client-{number}", "--conditions", tmp_path / "good.json", "--look", 0.5
+            )  # fmt: skip
+            with (tmp_path / f"device-{number}.log").open("ab") as log:
+                devices.processes[number] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        assert served.until("round")["round"] == 1
+        served.end(signal.SIGKILL)
+        served = Served(tmp_path, "--listen", address, "--resume")
+        assert served.until("serving")["address"] == address, "its gateway has died with it and left the port"
+        assert served.until("round")["round"] >= 2
+        for process in psutil.Process(served.process.pid).children(recursive=True):
+            if "fedcore.gateway.process" in process.cmdline():
+                process.kill()
+        result = served.until("result")
+        assert (result["rounds"], served.process.wait(30)) == (4, 0)
+        listed = [
+            json.loads(line) for line in fedcore("device", "list", "--fleet", tmp_path / "fleet", "--json").stdout.splitlines()
+        ]
+        assert [one["standing"] for one in listed] == ["active", "active"]
+        assert all(one["rounds"] >= 4 for one in listed)
+        assert fedcore("device", "revoke", listed[0]["device"], "--fleet", tmp_path / "fleet").returncode == 0
+        assert sorted(one["standing"] for one in listed_devices(tmp_path)) == ["active", "revoked"]
+    finally:
+        devices.stop()
+        if served.process.poll() is None:
+            served.end(signal.SIGTERM)
+    command, environment = fedcore_device(tmp_path / "state-0", "status", "--json")
+    found = json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert next(iter(found["participations"].values())) >= 4
+    command, environment = fedcore_device(tmp_path / "state-0", "forget")
+    gone = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert gone.returncode == 1
+    assert "the gateway was not told" in gone.stderr
+    assert {path.name for path in (tmp_path / "state-0").iterdir()} == {"lock", "policy.toml"}
+
+
+def test_serve_refuses_what_devices_cannot_do(tmp_path):
+    (tmp_path / "scenario.toml").write_text('[run]\nname = "x"\n[data]\ndataset = "digits"\n[evaluation]\nfederated_every = 1\n')
+    done = fedcore("serve", tmp_path / "scenario.toml", "--fleet", tmp_path / "fleet")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--set evaluation.federated_every=0" in done.stderr
+    assert not (tmp_path / "fleet").exists()
+    missing = fedcore("device", "token", "--fleet", tmp_path / "fleet")
+    assert (missing.returncode, missing.stdout) == (2, "")
+    assert "is no fleet's folder" in missing.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -67,29 +68,31 @@ def _export(directory: Path, targets: list[str], tiers: list[str], micro_python:
     import torch
 
     from fedcore.config import load_config
-    from fedcore.export.release import choose, release, to_json
+    from fedcore.export.release import choose, clear, release, to_json
     from fedcore.export.source import load_run, require_finished
 
     torch.set_num_threads(1)
     require_finished(directory)
-    plan = choose(load_config(directory / "config.toml").tiers, tiers, targets, micro_python)
+    own = load_config(directory / "config.toml").tiers
+    plan = choose(own, tiers, targets, micro_python)
     place, console = directory / "export" / "export.json", new_console()
     with _held(directory) as run_id, _progress(console, quiet=as_json) as told:
         source = load_run(directory, run_id)
-        place.unlink(missing_ok=True)  # an export that is killed leaves no table that speaks of other artefacts
+        model = hashlib.sha256((directory / "model" / "model.fcm").read_bytes()).hexdigest()
+        earlier = clear(place.parent, model)
         rows = release(source, plan, place.parent, told)
-        report = to_json(rows, plan, source)
-        _replace(place, report)
+        _replace(place, to_json(rows, earlier, plan, source, model))
     if as_json:
-        print(report, end="")
+        print(to_json(rows, (), plan, source, model), end="")
     else:
         console.print(_table(rows))
         for row in rows:
             if row.reason:
-                console.print(f"{row.tier} {row.target}: {row.reason}", highlight=False, soft_wrap=True)
+                console.print(_shown(f"{row.tier} {row.target}: {row.reason}"), highlight=False, soft_wrap=True)
         words = f"fp32 master {source.accuracy:.4f}; measured on this host, {_threads(plan)}; {place}"
         console.print(words, highlight=False, soft_wrap=True)
-    return any(row.gate == "fail" or (row.status == "missing" and row.target in targets) for row in rows)
+    asked = {(tier, name) for tier in plan.tiers for name in targets or (own[tier].targets if tier in own else ())}
+    return any(row.gate == "fail" or (row.status == "missing" and (row.tier, row.target) in asked) for row in rows)
 
 
 def inspect_file(
@@ -104,6 +107,8 @@ def inspect_file(
         kind = target_of(file)
         if not file.exists():
             raise Refused(f"{file} does not exist")
+        if not (file.is_file() or file.is_dir()):
+            raise Refused(f"{file} is neither a file nor a package")
         job = {"task": "describe", "kind": kind, "path": str(file.resolve())}
         held = run_job(job, Limits(_INSPECTION_SECONDS, _INSPECTION_MEMORY))
         if as_json:

@@ -64,6 +64,11 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=200, markup=False)
 
 
+def _printable(words: object) -> str:
+    """Without control characters: an error may quote a file of unknown origin, and a terminal obeys them."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(words))
+
+
 @contextmanager
 def clear_errors(debug: bool = False) -> Iterator[None]:
     """One line and an exit code for what fedcore raises on purpose: 2 for a wrong request, 1 for a failure on the way."""
@@ -72,14 +77,17 @@ def clear_errors(debug: bool = False) -> Iterator[None]:
     except FedcoreError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_printable(error)}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, Refused) else 1) from None
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             os._exit(_NO_READER)  # the reader of our output has left, as in `fedcore runs | head`
         if debug:
             traceback.print_exc()
-        print(f"error: {error.filename or 'output'}: {error.strerror}; what was committed is intact", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'output'}: {_printable(error.strerror or error)}; what was committed is intact",
+            file=sys.stderr,
+        )
         raise typer.Exit(1) from None
     except ModuleNotFoundError as error:
         print(f"error: Python package {error.name} is not installed; fedcore doctor says how to get it", file=sys.stderr)
@@ -89,6 +97,6 @@ def clear_errors(debug: bool = False) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the way to the traceback
         if debug:
             traceback.print_exc()
-        text = " ".join(f"{type(error).__name__}: {error}".split())
+        text = _printable(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"error: unexpected {text} (simulate --debug shows where)", file=sys.stderr)
         raise typer.Exit(_DEFECT) from None

@@ -31,6 +31,7 @@ _ANSWER = 16 << 20  # bytes of an answer: a hostile file is described in as many
 _QUIET = {
     "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "TF_CPP_MIN_LOG_LEVEL": "3",
     "PIP_NO_INDEX": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore",
+    "PYTHONSAFEPATH": "1",  # the folder that somebody stands in, with a model from elsewhere, is no place to import from
 }  # fmt: skip
 
 
@@ -64,7 +65,7 @@ def run_job(job: Mapping[str, Any], limits: Limits) -> dict[str, Any]:
     doing = f"{Path(job['path']).name}: {job['task']}" if "path" in job else job["task"]
     with tempfile.TemporaryDirectory(prefix="fedcore-") as folder:
         asked, answered = Path(folder) / "job.json", Path(folder) / "answer.json"
-        asked.write_text(json.dumps(dict(job)))
+        asked.write_text(json.dumps({**job, "parent": os.getpid()}))
         command = [sys.executable, "-m", "fedcore.export.worker", str(asked), str(answered)]
         problem = run_limited(command, limits, Path(folder))
         if problem:
@@ -109,7 +110,8 @@ def run_limited(command: Sequence[str], limits: Limits, folder: Path) -> str | N
         return problem
     reason = f"was ended by signal {-child.returncode}" if child.returncode < 0 else f"stopped with code {child.returncode}"
     last = log.read_text(errors="replace").strip().splitlines()[-1:] or [""]
-    return f"{reason}: {last[0][:_WORDS]}" if last[0] else reason
+    said = "".join(letter if letter.isprintable() else "?" for letter in last[0][:_WORDS])  # it may quote a file
+    return f"{reason}: {said}" if said else reason
 
 
 def _watch(child: subprocess.Popen[bytes], limits: Limits) -> str | None:

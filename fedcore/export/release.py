@@ -121,10 +121,33 @@ def release(source: Source, plan: Plan, folder: Path, told: Told = lambda _: Non
     return rows
 
 
-def to_json(rows: Iterable[Row], plan: Plan, source: Source) -> str:
-    """The contents of export.json; latency and memory are this host's, not a phone's."""
-    held = {"label": "host", "threads": {name: tier.threads for name, tier in plan.tiers.items()}, "fp32_accuracy": source.accuracy,
-            "test_examples": len(source.dataset.test), "rows": [dataclasses.asdict(row) for row in rows]}  # fmt: skip
+def clear(folder: Path, model: str) -> list[dict[str, Any]]:
+    """The rows of an earlier export of the same model (its SHA-256) in ``folder``; artefacts of another, or of none that a table
+    tells of, are removed."""
+    table = folder / "export.json"
+    try:
+        earlier = json.loads(table.read_text())
+        rows: list[dict[str, Any]] = earlier["rows"] if earlier["model"] == model else []
+    except (OSError, ValueError, KeyError, TypeError):
+        rows = []
+    kept = {folder / row["tier"] / row["target"] for row in rows}
+    for path in folder.glob("*/*"):
+        if path not in kept and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+    table.unlink(missing_ok=True)  # an export that is killed leaves no table that speaks of other artefacts
+    return rows
+
+
+def to_json(rows: Iterable[Row], earlier: Iterable[dict[str, Any]], plan: Plan, source: Source, model: str) -> str:
+    """The contents of export.json, with the rows of an ``earlier`` export that are not made anew; latency and memory are this
+    host's, not a phone's."""
+    new = [dataclasses.asdict(row) for row in rows]
+    done = {(row["tier"], row["target"]) for row in new}
+    every = [row for row in earlier if (row["tier"], row["target"]) not in done] + new
+    held = {
+        "label": "host", "model": model, "threads": {name: tier.threads for name, tier in plan.tiers.items()},
+        "fp32_accuracy": source.accuracy, "test_examples": len(source.dataset.test), "rows": every,
+    }  # fmt: skip
     return json.dumps(held, indent=2) + "\n"
 
 
@@ -215,6 +238,9 @@ class _Tier:
         shares: dict[str, float] = {}
         if target.runs:
             logits = np.load(self._place / f"{target.name}.npy", allow_pickle=False)
+            wanted = (len(self._source.dataset.test), len(self._source.dataset.labels))
+            if logits.shape != wanted or not np.isfinite(logits).all():
+                return self._failed(target, Refused(f"it gives no finite logits of shape {list(wanted)}"))
             accuracy = float((logits.argmax(axis=1) == self._source.dataset.test.y).mean())
             shares = {
                 "agreement": agreement(logits, self._model.expected), "accuracy": accuracy,

@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import importlib
 import json
+import os
 import pickle  # reads what the parent wrote a moment ago, in a directory of its own
 import resource
 import signal
@@ -33,8 +34,8 @@ _SET_DEATH_SIGNAL = 1  # of prctl(2)
 
 def main(asked: Path, answered: Path) -> None:
     """Do the job and write the answer."""
-    _end_with_parent()
     job = json.loads(asked.read_text())
+    _end_with_parent(job["parent"])
     try:
         answer = _JOBS[job["task"]](job)
     except FedcoreError as error:
@@ -42,10 +43,12 @@ def main(asked: Path, answered: Path) -> None:
     answered.write_text(json.dumps(answer))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(parent: int) -> None:
     """Where the system can: a parent that was killed ends nothing, and a converter would go on for minutes."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:  # it went while this process was starting
+            os._exit(1)
 
 
 def _convert(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -112,7 +115,8 @@ def _describe(job: Mapping[str, Any]) -> dict[str, Any]:
     except Exception as error:  # what a parser says of a damaged file may be anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise Refused(f"{path.name}: damaged, or not a model of format {kind}: {reason}") from error
-    return dataclasses.asdict(contents)
+    metadata = contents.metadata if isinstance(contents.metadata, Mapping) else {}  # a file may hold anything there
+    return {**dataclasses.asdict(contents), "metadata": {str(key): str(value) for key, value in metadata.items()}}
 
 
 def _describe_wire(path: Path) -> Contents:

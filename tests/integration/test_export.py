@@ -42,7 +42,8 @@ def test_artefacts_pass_their_gates_and_are_what_inspect_says(directory):
     done = fedcore("export", directory, "--tiers", "flagship", "--targets", ",".join(QUICK), "--json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.output)
-    assert report == json.loads((directory / "export" / "export.json").read_text())
+    written = json.loads((directory / "export" / "export.json").read_text())
+    assert written | {"rows": written["rows"][-len(QUICK) :]} == report  # behind what an earlier export of the model left
     assert report["label"] == "host" and report["threads"] == {"flagship": 1}
     assert [list(row) for row in report["rows"]] == [KEYS] * len(QUICK)
     for row in report["rows"]:

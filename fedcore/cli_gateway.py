@@ -55,7 +55,7 @@ def serve(
         from fedcore.config import load_config
         from fedcore.coordinator.directory import next_directory
         from fedcore.coordinator.fleet import FleetFolder, ServedGateway
-        from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, shown
+        from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee, shown
         from fedcore.display import follow, human_bytes
 
         config = load_config(scenario, overrides or [])
@@ -63,6 +63,7 @@ def serve(
         if resume and out is None:
             raise Refused("--resume needs --out DIR, the run to continue")
         folder = FleetFolder.open(fleet, config.run.name, host or [])
+        pin_committee(config, folder)
         directory = out or next_directory(Path("runs"), config.run.name)
         where = store or folder.store
         choice = Choice(over_selection, window, minimum)

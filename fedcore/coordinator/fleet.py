@@ -9,6 +9,7 @@ store.sqlite, blobs/, gateway.json, gateway.log
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -34,6 +35,7 @@ from fedcore.portable.step import PortableStep, portable_step
 from fedcore.quantization.layers import calibrate
 from fedcore.quantization.wire import encode_model
 from fedcore.secagg.keys import new_directory, new_signing_key, read_signing_key
+from fedcore.secagg.messages import TrustBundle
 
 __all__ = ["FleetFolder", "ServedGateway", "least_uploads", "offering"]
 
@@ -98,6 +100,30 @@ class FleetFolder:
     def signer(self) -> LocalSigner:
         """The enrolment signer."""
         return self.fleet.signer()
+
+    def pin_committee(self, bundle: TrustBundle) -> None:
+        """Have devices pin a committee of secure aggregation from their enrolment on.
+
+        Raises:
+            Refused: its trust bundle is of another fleet, or devices are enrolled that pin something else.
+        """
+        trust, signer = self.fleet.trust(), self.fleet.signer()
+        try:
+            enrolled = len(signer.devices())
+        finally:
+            signer.close()
+        if trust.committee == bundle.encode():
+            return
+        if (bundle.population, bundle.enrolment_key) != (trust.deployment, trust.enrolment_key):
+            raise Refused(
+                f"secagg.trust: the trust bundle must be made with --population {trust.deployment} and --enrol-ca "
+                f"{self.fleet.directory / 'signer' / 'signing.pub'}, for the devices of this fleet"
+            )
+        if enrolled:
+            raise Refused(f"{enrolled} devices of {self.directory} pin another committee, or none; a new one takes a new fleet")
+        fresh = self.fleet.trust_file.with_suffix(".new")
+        fresh.write_bytes(dataclasses.replace(trust, committee=bundle.encode()).encode())
+        fresh.replace(self.fleet.trust_file)
 
     def signature(self, step: PortableStep) -> bytes:
         """The publisher's signature over a step: from steps/, or of the publisher's key where it lies here.

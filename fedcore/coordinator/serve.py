@@ -18,10 +18,13 @@ from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.conduct import Conductor
 from fedcore.gateway.fleet import Selection
 from fedcore.grids.device import DeviceGrid
+from fedcore.secagg.keys import read_message, read_public_key
+from fedcore.secagg.messages import TrustBundle
+from fedcore.secagg.trust import check_trust
 from fedcore.state.gateway import open_gateway_store
 from fedcore.state.sqlite import RunStore
 
-__all__ = ["Choice", "DeviceRun", "check_scenario", "shown"]
+__all__ = ["Choice", "DeviceRun", "check_scenario", "pin_committee", "shown"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,19 @@ def check_scenario(config: RunConfig) -> None:
         )
     if config.cohort.dropout:
         raise Refused("cohort.dropout is of simulated clients; real ones vanish by themselves")
+
+
+def pin_committee(config: RunConfig, folder: FleetFolder) -> None:
+    """Have the fleet's devices pin the committee that the scenario names, before any of them enrols.
+
+    Raises:
+        Refused: see `FleetFolder.pin_committee`; or the trust bundle's signature is wrong.
+    """
+    if not config.secagg.enabled:
+        return
+    bundle = read_message(config.folder / config.secagg.trust, TrustBundle)
+    check_trust(bundle, read_public_key(config.folder / config.secagg.trust_key)[1])
+    folder.pin_committee(bundle)
 
 
 class DeviceRun(FederatedRun):

@@ -188,18 +188,16 @@ def test_with_fake_quant_eight_devices_predict_what_the_simulation_predicts(tmp_
     assert (answers[0] == answers[1]).float().mean() >= 0.99
 
 
-_QUICK = ("--json", "--over-selection", "1", "--window", "60")
-
-
 class Served:
     """`fedcore serve` as a process; what it says, line by line."""
 
     def __init__(self, folder, *options):
         command = [sys.executable, "-c", "from fedcore.cli import main; main()"]
+        options = (*options, "--json", "--over-selection", "1", "--window", "60")
         self.log = folder / "serve.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "serve", folder / "scenario.toml", "--fleet", folder / "fleet", "--out", folder / "run", *_QUICK, *options],
+                [*command, "serve", folder / "scenario.toml", "--fleet", folder / "fleet", "--out", folder / "run", *options],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 

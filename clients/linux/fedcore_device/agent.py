@@ -8,7 +8,7 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -124,6 +124,7 @@ class Agent:
         self._requests = Requests(load_enrolled(state), state.next_number, clock=environment.clock, floor=state.floor)
         self._failures = 0
         self._told_wait = 0.0
+        self._visit_held: dict[str, Any] | None = None
         self.waiting_for = ""
 
     def run(self, stop: Stop) -> None:
@@ -168,14 +169,13 @@ class Agent:
             doing.go_on(work)
             return 0.0
         reply = client.check_in(self._body(doing))
-        visit = None
-        if reply.HasField("visit"):
-            visit = self._new_visit(reply.visit)
-            reply = client.check_in(self._body(doing, self._round_key(visit)))
+        if reply.HasField("visit") and not self._holds(reply.visit):
+            self._visit_held = _new_visit(reply.visit)
+            reply = client.check_in(self._body(doing))
         if self._requests.floor > self._state.floor + _IMPORTANT:
             self._state.raise_floor(self._requests.floor)
         if reply.HasField("assignment"):
-            accepted = doing.accept(reply.assignment, visit)
+            accepted, self._visit_held = doing.accept(reply.assignment, self._visit_held), None
             if accepted is None:
                 return max(self._told_wait, _REFUSED_PAUSE)
             _LOG.info("round %d of %s", accepted.round, accepted.task)
@@ -186,22 +186,28 @@ class Agent:
         self._told_wait = float(reply.wait.retry_after_ms) / 1000
         return self._told_wait
 
-    def _body(self, doing: RoundWork, round_key: bytes = b"") -> pb.CheckInBody:
+    def _body(self, doing: RoundWork) -> pb.CheckInBody:
         facts, now = self._policy.device, self._environment.conditions(training=False)
         return pb.CheckInBody(
             population=facts.population, tier=facts.tier, labels=facts.labels, runtime="onnxruntime", agent_version=_version(),
-            capabilities=doing.capabilities, round_key=round_key, conditions=_told(now),
+            capabilities=doing.capabilities, round_key=self._round_key(), conditions=_told(now),
         )  # fmt: skip
 
-    def _new_visit(self, visit: pb.Visit) -> dict[str, Any]:
-        return {"task": visit.task, "epoch": visit.epoch, "expiry": visit.expiry, "key": os.urandom(32).hex()}
+    def _holds(self, visit: pb.Visit) -> bool:
+        """Whether a key was drawn for this visit: it stays while the visit lasts, for a plan may be made with it already."""
+        held = self._visit_held
+        return held is not None and (held["task"], held["epoch"], held["expiry"]) == (visit.task, visit.epoch, visit.expiry)
 
-    def _round_key(self, visit: Mapping[str, Any]) -> bytes:
+    def _round_key(self) -> bytes:
+        """What secure aggregation is told; empty outside of a visit."""
+        held = self._visit_held
+        if held is None or held["expiry"] < max(self._environment.clock(), self._requests.floor / 1000):
+            return b""
         from fedcore.secagg.participant import Visit
         from fedcore_device.masking import Masking
 
-        place = Visit(visit["task"], visit["epoch"], visit["expiry"])
-        return Masking(self._requests.enrolled, self._policy.plan, bytes.fromhex(visit["key"]), place).check_in()
+        place = Visit(held["task"], held["epoch"], held["expiry"])
+        return Masking(self._requests.enrolled, self._policy.plan, bytes.fromhex(held["key"]), place).check_in()
 
     def _renew(self, client: GatewayClient, *, now: bool = False) -> None:
         """Ask for a new certificate before the old one ends."""
@@ -258,6 +264,10 @@ class Agent:
             yield client
         finally:
             client.close()
+
+
+def _new_visit(visit: pb.Visit) -> dict[str, Any]:
+    return {"task": visit.task, "epoch": visit.epoch, "expiry": visit.expiry, "key": os.urandom(32).hex()}
 
 
 def _told(found: Conditions) -> pb.Conditions:

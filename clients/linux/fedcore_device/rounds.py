@@ -55,6 +55,8 @@ class RoundWork:
         ``visit``: of a secure round, with the key that was drawn for it.
         """
         try:
+            if self._over(assignment):
+                return None
             work = self._accepted(assignment, visit)
         except Refused as error:
             self._state.problem = f"a plan was refused: {error}"
@@ -64,6 +66,11 @@ class RoundWork:
         self._state.raise_floor(self._requests.floor)
         self._state.keep_work(work)
         return work
+
+    def _over(self, assignment: pb.Assignment) -> bool:
+        """Whether it is the round that this device is done with, which a gateway offers as long as nothing was uploaded."""
+        plan = self._requests.check_plan(assignment)
+        return int(plan.round) == self._state.participation(plan.task).last_round
 
     def _accepted(self, assignment: pb.Assignment, visit: Mapping[str, Any] | None) -> Work:
         plan = self._requests.check_plan(assignment)

@@ -152,9 +152,11 @@ class TestDowngrade:
         work.go_on(work.accept(given))
         gateway.reports.clear()
         sent = list(gateway.uploads)
-        for again in (given, assignment(plan(gateway, round=4))):
-            assert work.accept(again) is None
-            assert "took part in round 5 already" in state.problem
+        assert work.accept(given) is None
+        assert not gateway.reports, "it was answered before"
+        assert work.accept(assignment(plan(gateway, round=4))) is None
+        assert outcomes(gateway) == [pb.REFUSED_PLAN]
+        assert "took part in round 5 already" in state.problem
         assert gateway.uploads == sent
         assert work.accept(assignment(plan(gateway, round=6))) is not None
 

@@ -36,6 +36,7 @@ types: $(READY) ## Static types
 
 imports: $(READY) ## The import rules of the design
 	$(BIN)/lint-imports
+	cd clients/linux && ../../$(BIN)/lint-imports
 
 check: lint types imports test ## What CI runs
 

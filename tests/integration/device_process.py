@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "clients" / "linux"))
 
-from fedcore_device.agent import Agent
+from fedcore_device.agent import Agent, load_enrolled
 from fedcore_device.environment import Conditions
 from fedcore_device.policy import PlanPolicy, Policy
 from fedcore_device.state import State
@@ -48,7 +48,8 @@ def draws_of(number):
 
 def main():
     state, number, folder = State(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
-    policy = Policy(PlanPolicy(secure_aggregation=False, noise_multiplier=0.0, minimum_devices=1, corrupt_devices=0))
+    masked = bool(load_enrolled(state).trust.committee)  # then nothing less is accepted
+    policy = Policy(PlanPolicy(secure_aggregation=masked, noise_multiplier=0.0, minimum_devices=1, corrupt_devices=0))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with state.locked():

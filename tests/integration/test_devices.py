@@ -1,9 +1,11 @@
 """A federation of device processes on loopback with TLS: what `fedcore serve` runs, and what it must equal."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -16,10 +18,15 @@ import pytest
 import torch
 
 from fedcore.config import load_config
-from fedcore.coordinator.fleet import FleetFolder, ServedGateway
+from fedcore.coordinator.assembly import assemble
+from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
 from fedcore.coordinator.run import SimulatedRun
-from fedcore.coordinator.serve import Choice, DeviceRun
+from fedcore.coordinator.serve import Choice, DeviceRun, pin_committee
+from fedcore.errors import Refused
+from fedcore.portable.signature import check_step_signature
 from fedcore.quantization.layers import set_activation_ranges
+from fedcore.secagg.keys import read_message
+from fedcore.secagg.messages import TrustBundle
 from fedcore.state.gateway import open_gateway_store
 from fedcore.training.evaluation import load_flat
 
@@ -43,6 +50,7 @@ alpha = 1.0
 name = "{model}"
 [quantization]
 enabled = {quantized}
+calibrate_round = {calibrate}
 [training]
 epochs = {epochs}
 batch_size = 10
@@ -112,7 +120,16 @@ def devices(tmp_path):
 
 def scenario(folder, **values):
     file = folder / "scenario.toml"
-    values = {"rounds": 2, "clients": 3, "model": "mlp", "quantized": "false", "epochs": 1, "lr": 0.02, "momentum": 0.5} | values
+    values = {
+        "rounds": 2,
+        "clients": 3,
+        "model": "mlp",
+        "quantized": "false",
+        "epochs": 1,
+        "lr": 0.02,
+        "momentum": 0.5,
+        "calibrate": 1,
+    } | values
     file.write_text(SCENARIO.format(**values))
     return load_config(file, ["engine.name=loop"])
 
@@ -174,7 +191,9 @@ def test_eight_devices_and_five_rounds_are_the_simulation(tmp_path, devices):
 
 @pytest.mark.slow
 def test_with_fake_quant_eight_devices_predict_what_the_simulation_predicts(tmp_path, devices):
-    config, expected, assembly = prepared(tmp_path, devices, clients=8, rounds=5, model="cnn", quantized="true", epochs=3)
+    config, expected, assembly = prepared(
+        tmp_path, devices, clients=8, rounds=5, model="cnn", quantized="true", epochs=3, calibrate=2
+    )
     found, rounds, run = federated(config, devices, tmp_path)
     assert [one["replies"] for one in rounds] == [8] * 5, devices.logs()
     x = torch.from_numpy(assembly.data.dataset.test.x)
@@ -282,8 +301,51 @@ def test_the_commands_from_token_to_forget_with_a_coordinator_and_a_gateway_that
     assert {path.name for path in (tmp_path / "state-0").iterdir()} == {"lock", "policy.toml"}
 
 
+def test_steps_are_signed_here_or_elsewhere_and_there_is_one_for_the_time_before_calibration(tmp_path):
+    config = scenario(tmp_path, quantized="true", calibrate=2)
+    assembly, folder = assemble(config), FleetFolder.open(tmp_path / "fleet", "watches")
+    assert stat.S_IMODE((tmp_path / "fleet").stat().st_mode) == 0o700
+    found = offering(assembly, folder)
+    assert set(found.blobs) == {"step", "step-signature", "early-step", "early-step-signature"}
+    trusted = folder.fleet.trust().publisher_keys
+    for name in ("step", "early-step"):
+        check_step_signature(found.blobs[name], found.blobs[f"{name}-signature"], trusted)
+    assert found.blobs["step"] != found.blobs["early-step"]
+    with pytest.raises(Refused, match="no publisher"):
+        check_step_signature(found.blobs["step"], found.blobs["early-step-signature"], trusted)
+
+    (tmp_path / "away").mkdir()
+    key = (tmp_path / "fleet" / "publisher" / "publisher.key").rename(tmp_path / "away" / "publisher.key")
+    assert offering(assembly, folder).blobs == found.blobs, "what was signed stays signed"
+    other = assemble(scenario(tmp_path, model="cnn"))
+    with pytest.raises(Refused, match="is not signed") as refusal:
+        offering(other, folder)
+    (step,) = [path for path in (tmp_path / "fleet" / "steps").glob("*.onnx") if not path.with_suffix(".sig").exists()]
+    assert str(step) in str(refusal.value)
+    assert fedcore("device", "sign-step", step, "--key", key).returncode == 0
+    assert offering(other, folder).blobs["step"] == step.read_bytes()
+    step.with_suffix(".sig").write_bytes(bytes(64))
+    with pytest.raises(Refused, match="no publisher"):
+        offering(other, folder)
+
+
+def test_a_committee_is_pinned_before_devices_are(tmp_path):
+    folder = FleetFolder.open(tmp_path / "fleet", "watches")
+    fleet = folder.fleet.trust()
+    bundle = TrustBundle("watches", fleet.enrolment_key, 1, 0, (bytes(32),), bytes(64))
+    for wrong in ({"population": "phones"}, {"enrolment_key": bytes(32)}):
+        with pytest.raises(Refused, match="--enrol-ca"):
+            folder.pin_committee(dataclasses.replace(bundle, **wrong))
+    for _ in range(2):
+        folder.pin_committee(bundle)
+    assert TrustBundle.decode(folder.fleet.trust().committee) == bundle
+    assert dataclasses.replace(folder.fleet.trust(), committee=b"") == fleet
+
+
 def test_serve_refuses_what_devices_cannot_do(tmp_path):
-    (tmp_path / "scenario.toml").write_text('[run]\nname = "x"\n[data]\ndataset = "digits"\n[evaluation]\nfederated_every = 1\n')
+    (tmp_path / "scenario.toml").write_text(
+        '[run]\nname = "x"\n[data]\ndataset = "digits"\nclients = 3\nholdout = 0.2\n[evaluation]\nfederated_every = 1\n'
+    )
     done = fedcore("serve", tmp_path / "scenario.toml", "--fleet", tmp_path / "fleet")
     assert (done.returncode, done.stdout) == (2, "")
     assert "--set evaluation.federated_every=0" in done.stderr
@@ -291,3 +353,75 @@ def test_serve_refuses_what_devices_cannot_do(tmp_path):
     missing = fedcore("device", "token", "--fleet", tmp_path / "fleet")
     assert (missing.returncode, missing.stdout) == (2, "")
     assert "is no fleet's folder" in missing.stderr
+
+
+class Operators:
+    """Three members of a committee as processes, and the bundle that they and the fleet's devices pin."""
+
+    def __init__(self, folder):
+        self.folder, self.processes = folder, []
+        assert fedcore("trust", "keygen", "--out", folder / "root").returncode == 0
+        made = [json.loads(fedcore("committee", "keygen", "--out", folder / f"m{a}", "--json").stdout) for a in (1, 2, 3)]
+        self.fingerprints = [one["fingerprint"] for one in made]
+
+    def bundle(self, fleet):
+        members = [part for a in (1, 2, 3) for part in ("--member", self.folder / f"m{a}" / "identity.pub")]
+        done = fedcore(
+            "trust", "bundle", self.folder / "root", "--population", "watches", "--threshold", 3, "--corrupt", 2,
+            *members, "--enrol-ca", fleet.fleet.directory / "signer" / "signing.pub", "--out", self.folder / "bundle.json",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def serve(self):
+        floor = self.folder / "floor.toml"
+        floor.write_text("minimum_survivors = 2\ncorrupt_clients = 0\nnoise_multiplier = 0\n")
+        command = [sys.executable, "-c", "from fedcore.cli import main; main()", "committee", "serve"]
+        for a in (1, 2, 3):
+            with (self.folder / f"member-{a}.log").open("ab") as log:
+                self.processes.append(subprocess.Popen(
+                    [*command, self.folder / f"m{a}", "--trust", self.folder / "bundle.json", "--root",
+                     self.folder / "root" / "signing.pub", "--policy", floor],
+                    stdout=subprocess.PIPE, stderr=log, text=True,
+                ))  # fmt: skip
+        return [process.stdout.readline().split()[-1] for process in self.processes]
+
+    def stop(self):
+        for process in self.processes:
+            process.terminate()
+            process.wait(30)
+            process.stdout.close()
+
+
+@pytest.fixture
+def operators(tmp_path):
+    one = Operators(tmp_path)
+    yield one
+    one.stop()
+
+
+@pytest.mark.slow
+def test_under_secure_aggregation_devices_give_the_sum_and_their_policy_holds(tmp_path, devices, operators):
+    config, expected, _ = prepared(tmp_path, devices)
+    fleet = FleetFolder.open(tmp_path / "fleet", "watches")
+    operators.bundle(fleet)
+    (tmp_path / "scenario.toml").write_text(
+        (tmp_path / "scenario.toml").read_text()
+        + f"""
+[secagg]
+enabled = true
+minimum_survivors = 3
+operators = {json.dumps(operators.serve())}
+operator_fingerprints = {json.dumps(operators.fingerprints)}
+trust = "bundle.json"
+trust_key = "root/signing.pub"
+"""
+    )
+    config = load_config(tmp_path / "scenario.toml", ["engine.name=loop", "secagg.corrupt_fraction=0.0"])
+    pin_committee(config, fleet)
+    assert fleet.fleet.trust().committee
+    found, rounds, _ = federated(config, devices, tmp_path)
+    assert [one["round"] for one in rounds] == [1, 2], devices.logs()
+    assert all(one["secure"] for one in rounds)
+    np.testing.assert_allclose(found.master, expected.master, rtol=0, atol=2e-3)  # coordinates are rounded in the sum
+    with pytest.raises(Refused, match="pin another committee"):
+        fleet.pin_committee(dataclasses.replace(read_message(tmp_path / "bundle.json", TrustBundle), threshold=2))

@@ -16,7 +16,9 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from fedcore.cli import app
 from fedcore.config import load_config
 from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
@@ -346,13 +348,13 @@ def test_serve_refuses_what_devices_cannot_do(tmp_path):
     (tmp_path / "scenario.toml").write_text(
         '[run]\nname = "x"\n[data]\ndataset = "digits"\nclients = 3\nholdout = 0.2\n[evaluation]\nfederated_every = 1\n'
     )
-    done = fedcore("serve", tmp_path / "scenario.toml", "--fleet", tmp_path / "fleet")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "--set evaluation.federated_every=0" in done.stderr
+    done = CliRunner().invoke(app, ["serve", str(tmp_path / "scenario.toml"), "--fleet", str(tmp_path / "fleet")])
+    assert done.exit_code == 2
+    assert "--set evaluation.federated_every=0" in done.output
     assert not (tmp_path / "fleet").exists()
-    missing = fedcore("device", "token", "--fleet", tmp_path / "fleet")
-    assert (missing.returncode, missing.stdout) == (2, "")
-    assert "is no fleet's folder" in missing.stderr
+    missing = CliRunner().invoke(app, ["device", "token", "--fleet", str(tmp_path / "fleet")])
+    assert missing.exit_code == 2
+    assert "is no fleet's folder" in missing.output
 
 
 class Operators:

@@ -158,8 +158,10 @@ class Agent:
                 wait = self._work(client, doing)
         except GatewayRefusal as refusal:
             return self._refused(refusal)
-        except TryAgain as error:
+        except (Refused, TryAgain) as error:  # a gateway that lies about the time, say, ends no agent
             return self._later(str(error))
+        except OSError as error:
+            return self._later(f"{error.filename or 'a file'}: {error.strerror}")
         self._failures = 0
         return wait
 

@@ -199,6 +199,15 @@ def test_the_servers_time_is_kept_and_a_lie_about_the_past_is_not_believed(fleet
         again._requests.check_time(sent, told(sent, now=1_000_000))
 
 
+def test_lies_about_the_time_freeze_the_agent_and_do_not_end_it(fleet, monkeypatch):
+    state, _, gateway = fleet
+    monkeypatch.setattr(gateway, "check_in", lambda _: (_ for _ in ()).throw(Refused("the gateway's clock has gone back")))
+    steps = Steps(4)
+    agent_of(fleet, steps).run(steps)
+    assert state.problem == "the gateway's clock has gone back"
+    assert steps.waits == [1.0, 2.0, 4.0, 8.0]
+
+
 def test_forget_erases_and_says_what_the_gateway_did_not_hear(fleet):
     state, _, gateway = fleet
     gateway.fails = {"forget": 1}

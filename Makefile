@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo test test-all lint types imports check clean
+.PHONY: help setup demo demo-devices test test-all lint types imports check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -20,6 +20,9 @@ $(READY): pyproject.toml constraints.txt clients/linux/pyproject.toml
 
 demo: $(READY) ## Federate the digits data set: one to three minutes
 	$(BIN)/fedcore simulate simulations/scenarios/digits.toml
+
+demo-devices: $(READY) ## Eight device processes with TLS, secure aggregation and DP: two minutes
+	$(BIN)/python clients/linux/demo.py
 
 test: $(READY) ## The test suite
 	$(BIN)/pytest -n auto -m "not slow"

@@ -39,6 +39,7 @@ def serve(
     out: Annotated[Path | None, typer.Option(help="Directory of the run; runs/NAME-NNN if not given.", metavar="DIR")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out after its last committed round.")] = False,
     host: Annotated[list[str] | None, typer.Option("--host", help="Further name in a new gateway's certificate.")] = None,
+    devices: Annotated[int, typer.Option(help="Uploads that end a round; 0 = the cohort.", min=0)] = 0,
     over_selection: Annotated[float, typer.Option(help="Devices that are asked, as a multiple of the cohort.")] = 1.3,
     window: Annotated[float, typer.Option(help="Seconds to wait for devices to check in for a round.")] = 300.0,
     minimum: Annotated[int, typer.Option(help="Uploads that suffice at the deadline; 0 = three quarters of the cohort.")] = 0,
@@ -66,7 +67,7 @@ def serve(
         pin_committee(config, folder)
         directory = out or next_directory(Path("runs"), config.run.name)
         where = store or folder.store
-        choice = Choice(over_selection, window, minimum)
+        choice = Choice(over_selection, window, minimum, devices)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
             with ServedGateway(folder, where, listen) as gateway:

@@ -29,12 +29,14 @@ __all__ = ["Choice", "DeviceRun", "check_scenario", "pin_committee", "shown"]
 
 @dataclass(frozen=True)
 class Choice:
-    """Which devices, and how long: ``over_selection`` times the cohort are asked; ``window`` seconds are waited for them to check
-    in; ``minimum`` uploads (0: three quarters of the cohort) suffice at the deadline, [cohort] timeout."""
+    """Which devices, and how long: ``devices`` (0: the cohort) uploads end a round, ``over_selection`` times as many are asked;
+    ``window`` seconds are waited for them to check in; ``minimum`` uploads (0: three quarters) suffice at the deadline, [cohort]
+    timeout."""
 
     over_selection: float = 1.3
     window: float = 300.0
     minimum: int = 0
+    devices: int = 0
     tiers: tuple[str, ...] = ()
     labels: tuple[str, ...] = ()
 
@@ -48,6 +50,12 @@ def check_scenario(config: RunConfig) -> None:
     if config.evaluation.federated_every:
         raise Refused(
             "evaluation.federated_every: devices have no evaluation graph yet; --set evaluation.federated_every=0 leaves it out"
+        )
+    if config.privacy and (config.cohort.size or any(one.max_participations or one.min_separation > 1 for one in config.privacy)):
+        # The coordinator's draw says nothing of who checks in: what is charged must hold for a device that never misses a round.
+        raise Refused(
+            "[privacy]: which devices come is not drawn, so each is charged for every round; that takes cohort.size = 0 "
+            "(--devices says how many a round needs) and neither privacy.max_participations nor privacy.min_separation"
         )
     if config.cohort.dropout:
         raise Refused("cohort.dropout is of simulated clients; real ones vanish by themselves")
@@ -82,11 +90,14 @@ class DeviceRun(FederatedRun):
 
     def _connect(self, assembly: Assembly) -> RunGrid:
         config, choice = assembly.config, self._choice
-        goal = config.cohort.size or len(assembly.data.clients)
+        planned = config.cohort.size or len(assembly.data.clients)
+        goal, over = min(choice.devices or planned, planned), choice.over_selection
+        if config.privacy or assembly.secured:  # noise and sums are made for no more than that
+            over = min(over, planned / goal)
         blobs = offering(assembly, self._folder)
         needed = (*blobs.capabilities, *(("secagg-1",) if assembly.secured else ()))
         selection = Selection(
-            goal, choice.minimum or least_uploads(goal), config.cohort.timeout, choice.window, choice.over_selection,
+            goal, choice.minimum or least_uploads(goal), config.cohort.timeout, choice.window, over,
             tiers=choice.tiers, labels=choice.labels, capabilities=needed,
         )  # fmt: skip
         conductor = Conductor(open_gateway_store(self._where), self._folder.fleet.trust().deployment, self._folder.fleet.plan_key())

@@ -23,7 +23,7 @@ from fedcore.config import load_config
 from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
 from fedcore.coordinator.run import SimulatedRun
-from fedcore.coordinator.serve import Choice, DeviceRun, pin_committee
+from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee
 from fedcore.errors import Refused
 from fedcore.portable.signature import check_step_signature
 from fedcore.quantization.layers import set_activation_ranges
@@ -352,6 +352,12 @@ def test_serve_refuses_what_devices_cannot_do(tmp_path):
     assert done.exit_code == 2
     assert "--set evaluation.federated_every=0" in done.output
     assert not (tmp_path / "fleet").exists()
+    scenario(tmp_path)
+    private = ["privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5"]
+    for overrides in (["cohort.size=2"], ["privacy.unit=client", "privacy.min_separation=2"]):
+        with pytest.raises(Refused, match="charged for every round"):
+            check_scenario(load_config(tmp_path / "scenario.toml", [*private, *overrides]))
+    check_scenario(load_config(tmp_path / "scenario.toml", private))
     missing = CliRunner().invoke(app, ["device", "token", "--fleet", str(tmp_path / "fleet")])
     assert missing.exit_code == 2
     assert "is no fleet's folder" in missing.output
@@ -427,3 +433,24 @@ trust_key = "root/signing.pub"
     np.testing.assert_allclose(found.master, expected.master, rtol=0, atol=2e-3)  # coordinates are rounded in the sum
     with pytest.raises(Refused, match="pin another committee"):
         fleet.pin_committee(dataclasses.replace(read_message(tmp_path / "bundle.json", TrustBundle), threshold=2))
+
+
+@pytest.mark.slow
+def test_the_demonstration(tmp_path):
+    """Ten rounds with masks and DP-SGD over the smartwatch recordings, two devices killed and one added."""
+    pytest.importorskip("seglearn")
+    linux = Path(__file__).parents[2] / "clients" / "linux"
+    environment = os.environ | {"PYTHONPATH": str(linux)}
+    done = subprocess.run(
+        [sys.executable, linux / "demo.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False, timeout=300
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "round 10/10" in done.stdout
+    assert "device 1 is killed" in done.stdout
+    assert "device 8 is added" in done.stdout
+    (run,) = (tmp_path / "runs").iterdir()
+    result = json.loads((run / "run" / "result.json").read_text())
+    assert result["accuracy"] > 0.3
+    assert result["privacy"]["example"]["epsilon"] < 10
+    assert "3 operators" in result["secure_aggregation"]["committee"]
+    assert done.stdout.count("active") == 9

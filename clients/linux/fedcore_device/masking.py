@@ -38,14 +38,19 @@ class Masking:
     def __init__(self, enrolled: Enrolled, policy: PlanPolicy, key: bytes, visit: Visit) -> None:
         if not enrolled.trust.committee:
             raise Refused("the fleet's trust bundle names no committee; this device takes part in no secure aggregation")
-        floor = SecurePolicy(policy.minimum_devices, policy.corrupt_devices, policy.noise_multiplier)
-        trust = TrustBundle.decode(enrolled.trust.committee)
-        self._participant = Participant(enrolled.key, enrolled.enrolment.certificate, trust, Demands(floor, floor))
+        self._enrolled, self._policy, self._trust = enrolled, policy, TrustBundle.decode(enrolled.trust.committee)
         self._key, self._visit = key, visit
+
+    def _participant(self, own_noise: float = 0.0) -> Participant:
+        """``own_noise``: multiplier of the noise that the device adds by itself; where it suffices, none is asked of the sum."""
+        policy = self._policy
+        asked = 0.0 if own_noise >= policy.noise_multiplier else policy.noise_multiplier
+        floor = SecurePolicy(policy.minimum_devices, policy.corrupt_devices, asked)
+        return Participant(self._enrolled.key, self._enrolled.enrolment.certificate, self._trust, Demands(floor, floor))
 
     def check_in(self) -> bytes:
         """The round key that the gateway is shown."""
-        return self._participant.check_in(self._key, self._visit)
+        return self._participant().check_in(self._key, self._visit)
 
     def accept(self, invitation: bytes, model: bytes, settings: Mapping[str, Any]) -> Accepted:
         """Check what the committee approved, before anything is trained.
@@ -56,7 +61,8 @@ class Masking:
         summation = sum_from_table(settings)
         if summation is None:
             raise Refused("the plan asks for secure aggregation and names no sum")
-        return self._participant.accept(self._key, self._visit, invitation, work_hash(model, settings), summation)
+        participant = self._participant(float(settings.get("example-noise-multiplier", 0.0)))
+        return participant.accept(self._key, self._visit, invitation, work_hash(model, settings), summation)
 
     def upload(self, accepted: Accepted, vector: bytes, directory: Path) -> bytes:
         """The masked contribution of a vector in numpy's format; once for a visit, however often the agent is killed.

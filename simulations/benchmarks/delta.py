@@ -24,10 +24,11 @@ from fedcore.coordinator.run import SimulatedRun
 from fedcore.registry.delta import CODECS, apply_delta, make_delta
 
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
+_FASHION = "niid_fashion_dirichlet.toml"
 RUNS = {
     "digits": ("digits.toml", ["run.rounds=40"]),
-    "fashion-mnist": ("niid_fashion_dirichlet.toml", ["training.epochs=2"]),
-    "fashion-mnist, the head only": ("niid_fashion_dirichlet.toml", ["training.epochs=2", "model.trainable=['7.*', '9.*', '11.*']"]),
+    "fashion-mnist": (_FASHION, ["training.epochs=2"]),
+    "fashion-mnist, the head only": (_FASHION, ["training.epochs=2", "model.trainable=['7.*', '9.*', '11.*']"]),
 }
 
 

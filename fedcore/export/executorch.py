@@ -21,8 +21,8 @@ __all__ = ["describe", "load", "write", "write_portable"]
 
 _XNNPACK, _PORTABLE, _TEXTS = "model.xnnpack.pte", "model.portable.pte", "model.json"
 _MAGIC = b"ET12"
-_CALCULATING = ("Conv2d", "DepthwiseConv2d", "FullyConnected", "Add", "AvgPooling2d", "GlobalAvgPooling2d", "Multiply", "Subtract",
-                "Sigmoid", "Tanh")  # fmt: skip
+_LAYERS = ("Conv2d", "DepthwiseConv2d", "FullyConnected")
+_CALCULATING = (*_LAYERS, "Add", "AvgPooling2d", "GlobalAvgPooling2d", "Multiply", "Subtract", "Sigmoid", "Tanh")
 _FLOAT_KERNELS = ("convolution", "addmm", "mm", "linear", "relu", "avg_pool2d", "mean", "add", "mul", "sub", "tanh", "sigmoid",
                   "native_group_norm")  # fmt: skip
 
@@ -77,7 +77,8 @@ def load(path: Path, threads: int) -> Logits:
 
 
 def describe(path: Path) -> Contents:
-    """What the program holds, read without running it; XNNPACK's graphs are opened, too."""
+    """What the program holds, read without running it; XNNPACK's graphs are opened, too. Integer operators are convolutions and
+    dense layers."""
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     data = path.read_bytes()
@@ -94,7 +95,7 @@ def describe(path: Path) -> Contents:
         blob = program.backend_delegate_data[delegate.processed.index].data
         for kind, quantized in _xnnpack_nodes(bytes(blob)):
             operators[f"xnnpack::{kind}"] += 1
-            integer += quantized and kind in _CALCULATING
+            integer += quantized and kind in _LAYERS
             floating += not quantized and kind in _CALCULATING
     values = [plan.values[index].val for index in (plan.inputs[0], plan.outputs[0])]
     taken, given = (Tensor(name, tuple(value.sizes), "float") for name, value in zip(("input", "logits"), values, strict=True))

@@ -21,7 +21,9 @@ AGREEMENT = 0.995
 @dataclass(frozen=True)
 class Measured:
     """An artefact on this machine: ``accuracy_loss`` in points (hundredths) against the fp32 master, milliseconds of one example on
-    the tier's number of threads, ``peak_bytes`` of the process that ran it (of the arena for micro). None where it cannot run."""
+    the tier's number of threads, ``peak_bytes`` of the process that ran it (of the arena for micro). None where it cannot run.
+    ``integer_ops`` are convolutions and dense layers that add up integers, nothing else: an average or a sum in integers must not
+    stand in for a layer in float. ``float_ops`` are of every kind that calculates."""
 
     bytes: int
     integer_ops: int
@@ -61,7 +63,7 @@ def judge(
     """Why the artefact fails its gate, one line each; nothing where it passes. ``integer_layers`` were promised in integers;
     results of those in ``float_results`` were not rounded in training."""
     if target.integer and measured.integer_ops < integer_layers:
-        yield f"only {measured.integer_ops} integer operators for {integer_layers} layers of integers: the rest is float"
+        yield f"only {measured.integer_ops} of {integer_layers} convolutions and dense layers add up integers: the rest is float"
     if measured.agreement is not None and measured.agreement < AGREEMENT:
         yield f"agreement {measured.agreement:.4f} is below {AGREEMENT}"
         if float_results:

@@ -27,6 +27,7 @@ _FILE = "model.tflite"
 _OPS, _TYPES = schema.BuiltinOperator, schema.TensorType
 _ARITHMETIC = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED", "AVERAGE_POOL_2D", "MEAN", "ADD", "SUB", "MUL", "RSQRT",
                "SQUARED_DIFFERENCE", "RELU", "TANH", "LOGISTIC")  # fmt: skip
+_LAYERS = ("CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED")
 
 Array = npt.NDArray[Any]
 
@@ -86,7 +87,7 @@ def channels_last(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def describe(path: Path) -> Contents:
-    """What the file holds, read without running it."""
+    """What the file holds, read without running it; integer operators are convolutions and dense layers."""
     data = path.read_bytes()
     if data[4:8] != IDENTIFIER:
         raise Refused(f"{path.name}: not a LiteRT model: its identifier is not {IDENTIFIER.decode()}")
@@ -95,13 +96,13 @@ def describe(path: Path) -> Contents:
     names = {value: name for name, value in vars(_OPS).items() if not name.startswith("_")}
     codes = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in model.operatorCodes]  # older files have the second only
     kinds = [names[codes[one.opcodeIndex]] for one in graph.operators]
-    computing = [
-        graph.tensors[one.inputs[0]].type for one, kind in zip(graph.operators, kinds, strict=True) if kind in _ARITHMETIC
-    ]  # fmt: skip
+    taken_by = [(kind, graph.tensors[one.inputs[0]].type) for one, kind in zip(graph.operators, kinds, strict=True)
+                if kind in _ARITHMETIC]  # fmt: skip
+    computing = [number for _, number in taken_by]
     stored = {entry.name.decode(): bytes(model.buffers[entry.buffer].data) for entry in model.metadata or []}
     texts = json.loads(stored[FACTS]) if FACTS in stored else {}
     taken, given = (tuple(_tensor(graph.tensors[i]) for i in side) for side in (graph.inputs, graph.outputs))
-    integers = computing.count(_TYPES.INT8) + computing.count(_TYPES.INT16)
+    integers = sum(kind in _LAYERS and number in (_TYPES.INT8, _TYPES.INT16) for kind, number in taken_by)
     return Contents(
         "litert", len(data), taken, given, {kind: kinds.count(kind) for kind in sorted(set(kinds))}, integers,
         computing.count(_TYPES.FLOAT32), _quantization_words(model, graph, computing), texts,

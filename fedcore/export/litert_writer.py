@@ -226,10 +226,14 @@ class LiteRTWriter:
         constants = [self._constant(f"{step.name}.pads", pads)]
         if filler:
             worst = np.array([-128], np.int8) if grid else np.array([filler], np.float32)
-            constants.append(self._constant(f"{step.name}.filler", worst, *_scales(grid)))
+            constants.append(self._constant(f"{step.name}.filler", worst))
+            if grid:  # the operator refuses a filler on another grid than its input's
+                self._tensors[constants[-1]].quantization = _quantization([grid.scale], [grid.zero_point], 0)
         return self._operator("PADV2" if filler else "PAD", step.name, [x, *constants], padded, grid, None), False
 
     def _pool(self, step: Step, operation: Pool, x: int) -> int:
+        if operation.kind == "average" and step.grid is None:  # the operators cannot turn integers into floats
+            x = self._on_grid(step.name, x, None)
         grid, lanes = self._grid(x), 2 - len(operation.kernel)
         kernel, stride, padding = ((*[usual] * lanes, *given) for usual, given in (
             (1, operation.kernel), (1, operation.stride), (0, operation.padding)))  # fmt: skip
@@ -365,10 +369,6 @@ def _last(shape: tuple[int, ...], *, flat: bool = False) -> tuple[int, ...]:
         return (1, *shape)
     space = shape[1:] if len(shape) == 3 or flat else (1, *shape[1:])
     return (1, *space, shape[0])
-
-
-def _scales(grid: ActivationRange | None) -> tuple[Array | None, int]:
-    return (None if grid is None else np.array([grid.scale], np.float32)), 0
 
 
 def _quantization(scale: list[float], zero_point: list[int], axis: int) -> Any:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["describe", "integer_operators", "load", "onnx_bytes", "onnx_logits", "to_onnx", "write"]
 
 _OPSET, _IR = 17, 8
-_INTEGER = ("QLinear", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul")
+_LAYERS = ("QLinearConv", "QLinearMatMul", "QGemm", "ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul")
+_INTEGER = ("QLinear", *_LAYERS)  # with sums, averages and activations
 _CONVERTING = (
     "QuantizeLinear", "DequantizeLinear", "Flatten", "Reshape", "Identity", "Shape", "MaxPool", "NhwcMaxPool", "Transpose",
     "Squeeze", "Unsqueeze", "ReorderInput", "ReorderOutput",
@@ -61,18 +62,19 @@ def load(path: Path, threads: int) -> Logits:
 
 
 def describe(path: Path) -> Contents:
-    """What the file holds; operators are those of the graph that ONNX Runtime executes."""
+    """What the file holds; operators are those of the graph that ONNX Runtime executes, integer ones are convolutions and dense
+    layers."""
     data = path.read_bytes()
     proto = onnx.load_from_string(data)
     onnx.checker.check_model(proto)
     operators = integer_operators(data)
-    integer = sum(count for kind, count in operators.items() if kind.startswith(_INTEGER))
-    moving = sum(count for kind, count in operators.items() if kind in _CONVERTING)
+    integer = sum(count for kind, count in operators.items() if kind.startswith(_LAYERS))
+    floating = sum(count for kind, count in operators.items() if not kind.startswith(_INTEGER) and kind not in _CONVERTING)
     stored = [TensorProto.DataType.Name(constant.data_type).lower() for constant in proto.graph.initializer]
     kinds = ", ".join(f"{stored.count(kind)} {kind}" for kind in sorted(set(stored)))
     return Contents(
         "onnx", len(data), tuple(map(_tensor, proto.graph.input)), tuple(map(_tensor, proto.graph.output)), operators, integer,
-        sum(operators.values()) - integer - moving, f"QDQ, constants: {kinds}",
+        floating, f"QDQ, constants: {kinds}",
         {entry.key: entry.value for entry in proto.metadata_props},
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ class Target:
     packages: tuple[str, ...]
     artefact: str
     integer: bool = True  # every layer with weights adds up integers
-    float_head: bool = False  # the layer of logits is float: its integers would have eight bits
+    float_head: bool = False  # the last layer with weights is float: its integers would give eight bits
     runs: bool = True  # on this machine
     writer: str = "write"
 

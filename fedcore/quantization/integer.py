@@ -262,13 +262,16 @@ def with_ranges(model: IntegerModel, x: Floats) -> IntegerModel:
 
 
 def with_float_head(model: IntegerModel) -> IntegerModel:
-    """The model with its last dense layer on rounded weights in float, for runtimes whose integer layers give no more than eight
-    bits: too few to tell close logits apart."""
-    last = model.steps[-1]
-    if not isinstance(last.operation, Dense):
-        return model
-    head = dataclasses.replace(last.operation, weights=Weights(*last.operation.weights.real()))
-    return dataclasses.replace(model, steps=(*model.steps[:-1], dataclasses.replace(last, operation=head)))
+    """The model with its last layer of integers, dense or a convolution, on rounded weights in float, for runtimes whose integer
+    layers give no more than eight bits: too few to tell close logits apart. It has one integer layer less, whatever follows."""
+    steps = list(model.steps)
+    for place in reversed(range(len(steps))):
+        operation = steps[place].operation
+        if isinstance(operation, Convolution | Dense) and operation.weights.integer:
+            head = dataclasses.replace(operation, weights=Weights(*operation.weights.real()))
+            steps[place] = dataclasses.replace(steps[place], operation=head)
+            break
+    return dataclasses.replace(model, steps=tuple(steps))
 
 
 def _run(step: Step, inputs: Sequence[Value]) -> Value:

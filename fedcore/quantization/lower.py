@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -31,6 +32,8 @@ from fedcore.quantization.wire import ActivationRange, quantize_rows
 
 __all__ = ["lower", "narrow_rows"]
 
+_MOST = 2.0**30  # steps of the accumulator in a bias: int32 with room for the sums
+_FINE = 2.0**15  # and as many as a row of zeros has use for
 _MOVING = (nn.MaxPool1d, nn.MaxPool2d, nn.Flatten, nn.Dropout, nn.Identity)
 _PASSING = (nn.Dropout, nn.Identity)
 _ACTIVATIONS: dict[type[nn.Module], Literal["relu", "tanh", "sigmoid"]] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid"}
@@ -43,7 +46,9 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], *, weight_bits: int = 
 
     A value is put on the grid that its users ask for as early as possible: values that pooling by maximum or a flattening only
     moves are int8 already. A rectifier behind a layer with weights becomes part of it. Layers without ranges stay in float.
-    Weights of ``weight_bits`` = 4 take the integers from -7 to 7.
+    Weights of ``weight_bits`` = 4 take the integers from -7 to 7. A convolution that gives the logits and covers its whole input
+    is a dense layer, of which runtimes give more than eight bits. A row of weights that could not hold its bias in int32 has a
+    larger scale than the fake-quantized layer's; zeros stay zeros, other weights are small against such a bias.
 
     Raises:
         Refused: control flow, or an operator that the integer model does not have; the line names it and its layer.
@@ -52,7 +57,24 @@ def lower(model: nn.Module, input_shape: tuple[int, ...], *, weight_bits: int = 
     writer = _Steps(model, weight_bits, _demanded_ranges(graph, dict(model.named_modules())))
     for node in graph.nodes:
         writer.add(node)
-    return IntegerModel(input_shape, tuple(writer.steps))
+    return _with_dense_head(IntegerModel(input_shape, tuple(writer.steps)))
+
+
+def _with_dense_head(model: IntegerModel) -> IntegerModel:
+    """The model with a last convolution over its whole input, then flattened, as a flattening and a dense layer: the same sums."""
+    layer, last = (None, None, *model.steps)[-2:]
+    if layer is None or last is None or not isinstance(last.operation, Flatten) or last.inputs != (len(model.steps) - 1,):
+        return model
+    operation, shape = layer.operation, model.shape(layer.inputs[0])
+    if not isinstance(operation, Convolution) or operation.groups > 1 or any(operation.padding) or layer.grid != last.grid:
+        return model
+    values = operation.weights.values
+    if values.shape[2:] != shape[1:]:
+        return model
+    weights = dataclasses.replace(operation.weights, values=values.reshape(len(values), -1))
+    flat = Step(last.name, Flatten(), layer.inputs, (math.prod(shape),), model.grid(layer.inputs[0]))
+    dense = Step(layer.name, Dense(weights, operation.relu), last.inputs, last.shape, last.grid)
+    return dataclasses.replace(model, steps=(*model.steps[:-2], flat, dense))
 
 
 class _Tracer(fx.Tracer):
@@ -233,6 +255,7 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Conv
         integers, scale = quantize_rows(values) if bits == 8 else narrow_rows(values, bits)
         weights = Weights(integers, bias, scale)
         if layer.input.frozen and grid:
+            integers, scale = _holding(bias, values, integers, scale, grid.scale)
             step = (np.float32(grid.scale) * scale).astype(np.float64)
             on_grid = np.clip(np.rint(bias / step), -(2**31), 2**31 - 1).astype(np.int32)
             weights = Weights(integers, on_grid, scale, grid.scale, bias)
@@ -240,6 +263,23 @@ def _weighted(layer: nn.Module, grid: ActivationRange | None, bits: int) -> Conv
         return Dense(weights)
     padding = tuple(int(side) for side in layer.padding)
     return Convolution(weights, tuple(layer.stride), padding, tuple(layer.dilation), layer.groups)
+
+
+def _holding(
+    bias: npt.NDArray[np.float32], values: npt.NDArray[np.float32], integers: npt.NDArray[np.int8],
+    scale: npt.NDArray[np.float32], input_scale: float,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:  # fmt: skip
+    """``integers`` and ``scale`` of the rows of ``values`` [out, ...], with a larger scale where ``bias`` [out] over the scale of
+    the accumulator would not fit int32, and an ordinary one for rows of zeros, whose own is the smallest float."""
+    empty = ~integers.reshape(len(integers), -1).any(axis=1)
+    least = np.abs(bias) / (input_scale * np.where(empty, _FINE, _MOST))
+    usual = scale.min(where=~empty, initial=np.inf)
+    if np.isinf(usual):
+        usual = least.max(initial=0.0) or 1.0
+    wanted = np.maximum(np.where(empty, usual, scale), least).astype(np.float32)
+    rounded = np.rint(values / wanted.reshape(-1, *[1] * (values.ndim - 1))).astype(np.int8)
+    raised = (wanted > scale).reshape(-1, *[1] * (values.ndim - 1))
+    return np.where(raised, rounded, integers), np.maximum(wanted, scale)
 
 
 def narrow_rows(values: npt.NDArray[np.float32], bits: int) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

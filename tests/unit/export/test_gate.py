@@ -42,7 +42,7 @@ def test_what_stands_exactly_on_every_limit_passes():
         ({"latency_ms": 1.01}, "latency_ms 1.01"),
         ({"p95_ms": 2.5}, "p95_ms 2.5"),
         ({"peak_bytes": 10_001}, "peak_bytes 10001"),
-        ({"integer_ops": 3}, "only 3 integer operators for 4 layers"),
+        ({"integer_ops": 3}, "only 3 of 4 convolutions and dense layers add up integers"),
     ],
 )
 def test_each_limit_is_judged(changed, reason):

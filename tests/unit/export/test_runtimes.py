@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from fedcore.config import TierConfig
 from fedcore.errors import Refused
 from fedcore.export.artefact import Facts
+from fedcore.export.gate import Measured, judge
 from fedcore.export.targets import TARGETS, missing_package
 from fedcore.models import ZOO
 from fedcore.quantization.integer import Weights, as_images, integer_logits, with_logit_peak
@@ -104,6 +106,76 @@ def test_operators_beyond_the_zoo(network, target, tmp_path):
     model = with_logit_peak(model, x)
     found, expected = module.load(module.write(model, tmp_path, FACTS), 1)(x), integer_logits(model, x)
     assert np.abs(found - expected).max() < (0.06 if target in ("onnx", "litert") else 0.12) * np.ptp(expected)
+
+
+@pytest.mark.parametrize("with_range", [False, True])
+@pytest.mark.parametrize("target", ["onnx", "litert"])
+def test_an_average_in_integers_does_not_stand_in_for_a_layer_in_float(target, with_range, tmp_path):
+    module = module_of(target)
+    network = nn.Sequential(nn.Conv2d(1, 4, 3), FakeQuantize() if with_range else nn.Identity(), nn.Tanh(), FakeQuantize(),
+                            nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 10))  # fmt: skip
+    model, x = integers(network, (1, 8, 8))
+    model = with_logit_peak(model, x)
+    held = module.describe(module.write(model, tmp_path, FACTS))
+    assert model.integer_layers == 2
+    averages = {"onnx": "QLinearAveragePool", "litert": "AVERAGE_POOL_2D"}
+    assert held.operators[averages[target]] == 1
+    assert held.integer == (2 if with_range else 1)
+    problems = list(judge(Measured(held.size, held.integer, held.floating), TierConfig(bytes=0), TARGETS[target], 2))
+    assert problems == ([] if with_range else ["only 1 of 2 convolutions and dense layers add up integers: the rest is float"])
+
+
+def dead_channel(network: nn.Sequential) -> nn.Sequential:
+    with torch.no_grad():
+        network[0].weight[1].zero_()
+        network[0].bias[1] = 1.5
+    return network
+
+
+def rectified(last: nn.Module, *before: nn.Module) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *before, nn.Flatten(), last)
+
+
+def zeros() -> nn.Sequential:
+    network = rectified(nn.Linear(144, 10))
+    with torch.no_grad():
+        network[0].weight.zero_()
+    return network
+
+
+UNUSUAL = {
+    "dead channel": lambda: dead_channel(rectified(nn.Linear(144, 10))),
+    "layer of zeros": zeros,
+    "convolution as head": lambda: rectified(nn.Identity(), nn.Conv2d(4, 10, 6)),
+    "average as head": lambda: rectified(nn.Identity(), nn.Conv2d(4, 10, 1), nn.AdaptiveAvgPool2d(1)),
+    "averages as head": lambda: rectified(nn.Identity(), nn.Conv2d(4, 10, 1), nn.AvgPool2d(3)),
+    "padded maximum": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.MaxPool2d(3, 2, padding=1), nn.Conv2d(4, 4, 1), nn.ReLU(), nn.Flatten(), nn.Linear(36, 10)),
+}  # fmt: skip
+
+
+def unusual(name: str):
+    """An integer model, examples, and the fake-quantized network's logits; the ranges are those of an export."""
+    torch.manual_seed(0)
+    network, x = UNUSUAL[name](), torch.randn(120, 1, 8, 8)
+    calibrate(make_quantization_aware(network).eval(), [x])
+    with torch.no_grad():
+        expected = network(x).numpy()
+    model = calibrated(lower(network, (1, 8, 8)), x.numpy())
+    return with_logit_peak(model, x.numpy()), x.numpy(), expected
+
+
+@pytest.mark.parametrize("name", UNUSUAL)
+@pytest.mark.parametrize("target", QUICK)
+def test_unusual_networks_give_the_fake_quantized_logits_in_integers(target, name, tmp_path):
+    module = module_of(target)
+    model, x, expected = unusual(name)
+    path = module.write(model, tmp_path, FACTS)
+    tolerance = 0.02 if target in ("onnx", "litert") else 0.05
+    assert np.abs(module.load(path, 1)(x) - expected).max() < tolerance * np.abs(expected).max()
+    assert module.describe(path).integer >= (0 if target == "mnn" else model.integer_layers)
+    if name == "padded maximum":
+        assert model.steps[1].grid.zero_point not in (0, -128)
 
 
 @pytest.mark.parametrize("target", QUICK)

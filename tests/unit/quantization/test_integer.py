@@ -11,7 +11,7 @@ from fedcore.models import ZOO
 from fedcore.quantization.integer import Convolution, Dense, integer_logits, interpret, with_float_head, with_logit_peak
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware, set_activation_ranges
 from fedcore.quantization.lower import lower
-from fedcore.quantization.wire import ActivationRange
+from fedcore.quantization.wire import ActivationRange, quantize_rows
 
 SHAPES = {"mlp": (1, 28, 28), "cnn": (1, 28, 28), "lenet": (1, 28, 28), "dscnn": (1, 28, 28), "imu_cnn": (6, 100)}
 
@@ -149,6 +149,63 @@ def test_the_peak_is_that_of_the_logits_and_a_float_head_changes_nothing_else():
     head = with_float_head(model)
     assert head.integer_layers == model.integer_layers - 1 and head.steps[:-1] == model.steps[:-1]
     np.testing.assert_allclose(integer_logits(head, x.numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("weight", "bias"), [(0.0, 1.5), (0.0, -1e4), (0.0, 0.0), (1e-12, 1.5), (1e-30, -3.0)])
+def test_a_dead_channel_keeps_its_bias(weight, bias, bits):
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)), torch.randn(50, 1, 8, 8)
+    with torch.no_grad():
+        network[0].weight[1] = weight
+        network[0].bias[1] = bias
+    model = lower(quantized(network, x), (1, 8, 8), weight_bits=bits)
+    weights = next(model.weights())
+    assert weights.bias[1] * float(weights.accumulator_scale[1]) == pytest.approx(bias, rel=1e-3, abs=1e-9)
+    assert abs(int(weights.bias[1])) <= 2**30 and (weights.accumulator_scale > np.finfo(np.float32).tiny).all()
+    assert np.abs(weights.values[1].astype(np.float32) * weights.scale[1]).max() <= weight + weights.scale[1] / 2
+    with torch.no_grad():
+        if bits == 8:
+            expected = network(x).numpy()
+            assert np.abs(integer_logits(model, x.numpy()) - expected).max() <= 0.01 * np.abs(expected).max()
+
+
+def test_rows_that_can_hold_their_bias_keep_their_integers_and_scales():
+    torch.manual_seed(0)
+    network, x = nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), torch.randn(50, 1, 8, 8)
+    with torch.no_grad():
+        network[1].weight[3] = 0
+    (weights,) = lower(quantized(network, x), (1, 8, 8)).weights()
+    integers, scale = quantize_rows(network[1].weight.detach().numpy())
+    np.testing.assert_array_equal(weights.values, integers)
+    others = np.arange(10) != 3
+    np.testing.assert_array_equal(weights.scale[others], scale[others])
+    assert weights.scale[3] >= scale[others].min()
+
+
+@pytest.mark.parametrize(
+    ("shape", "head", "dense"),
+    [
+        ((4, 6, 6), nn.Conv2d(4, 10, 6), True),
+        ((4, 6, 5), nn.Conv2d(4, 10, (6, 5), stride=2), True),
+        ((3, 12), nn.Conv1d(3, 10, 12), True),
+        ((4, 6, 6), nn.Conv2d(4, 10, 5), False),
+        ((4, 6, 6), nn.Conv2d(4, 8, 6, groups=2), False),
+        ((4, 3, 3), nn.Conv2d(4, 10, 3, padding=1), False),
+    ],
+)
+def test_a_convolution_over_its_whole_input_is_a_dense_head(shape, head, dense):
+    torch.manual_seed(0)
+    x = torch.randn(40, *shape)
+    network = quantized(nn.Sequential(head, nn.Flatten()), x)
+    model = lower(network, shape)
+    assert [isinstance(step.operation, Dense) for step in model.steps][-1] == dense
+    assert model.float_results == (() if dense else ("0",))
+    assert with_float_head(model).integer_layers == model.integer_layers - 1 == 0
+    with torch.no_grad():
+        expected = network(x).numpy()
+    for found in (model, with_float_head(model)):
+        np.testing.assert_allclose(integer_logits(found, x.numpy()), expected, atol=1e-3 * np.abs(expected).max())
 
 
 def test_weights_and_biases_stand_for_those_of_the_layer():

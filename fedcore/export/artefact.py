@@ -65,8 +65,9 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Contents:
-    """What an artefact holds. ``operators`` counts those that are executed; ``integer`` of them calculate on integers and
-    ``floating`` on floats, the others move or convert values. ``quantization`` says in words how numbers are stored."""
+    """What an artefact holds. ``operators`` counts those that are executed; ``integer`` are convolutions and dense layers on
+    integers, ``floating`` operators on floats of any kind; the others average, move or convert. ``quantization`` says in words how
+    numbers are stored."""
 
     kind: str
     size: int

@@ -477,7 +477,7 @@ def test_committees_that_could_split_are_refused(m, t, c):
         ({"corrupt_clients": 0}, "allows for 0 corrupt clients; at least 1"),
         ({"minimum_survivors": 2}, "minimum of 2 survivors is not between 3 and 8"),
         ({"corrupt_clients": 5, "minimum_survivors": 6}, "minimum of 6 survivors is not between 7 and 8"),
-        ({"degree": 4, "window_survivors": 0}, "4 neighbours with 0 survivors"),
+        ({"degree": 4, "window_survivors": 0}, "4 neighbours of whom 0 must survive"),
         ({"degree": 4, "window_survivors": 1, "corrupt_clients": 2, "minimum_survivors": 4}, "could let 2 corrupt"),
         ({"degree": 3, "window_survivors": 1}, "3 neighbours"),
         ({"window_survivors": 1}, "no windows"),

@@ -206,15 +206,15 @@ class TestExamples:
         assert x[:, 0].tolist() == [0, 0, 1, 1]
 
     def test_functions(self, tmp_path, monkeypatch):
-        (tmp_path / "mine.py").write_text(
+        (tmp_path / "owners_examples.py").write_text(
             "import numpy as np\ndef good(): return np.ones((4, 2)), np.arange(4)\ndef bad(): return 1\ndef nan(): return "
             "np.full((1, 2), np.nan), np.zeros(1, int)\ndef short(): return np.ones((4, 2)), np.arange(3)\n"
         )
         monkeypatch.syspath_prepend(tmp_path)
-        assert load_examples("mine:good")[0].shape == (4, 2)
+        assert load_examples("owners_examples:good")[0].shape == (4, 2)
         for name, word in (("bad", "failed"), ("nan", "not finite"), ("short", "needed are"), ("none", "failed")):
             with pytest.raises(Refused, match=word):
-                load_examples(f"mine:{name}")
+                load_examples(f"owners_examples:{name}")
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(Refused, match=r"no \.npz"):

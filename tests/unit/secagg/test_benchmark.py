@@ -14,11 +14,12 @@ def benchmark(*arguments: str) -> dict:
     return json.loads(finished.stdout)
 
 
-@pytest.mark.parametrize("extra", [("--width", "16"), ("--width", "20", "--neighbours", "6", "--cpu-time")])
-def test_the_benchmarks_round_is_exact(extra):
-    result = benchmark("--clients", "16", "--params", "1001", "--drop", "0.25", "--no-flower", *extra)
+# Six neighbours need a survivor in every window of three, which no two that drop can empty: the circle's order is random.
+@pytest.mark.parametrize(("extra", "dropped"), [(("--width", "16"), 4), (("--width", "20", "--neighbours", "6", "--cpu-time"), 2)])
+def test_the_benchmarks_round_is_exact(extra, dropped):
+    result = benchmark("--clients", "16", "--params", "1001", "--drop", str(dropped / 16), "--no-flower", *extra)
     assert result["exact"] is True
-    assert result["dropped"] == 4
+    assert result["dropped"] == dropped
     assert result["neighbours"] == (15 if "--neighbours" not in extra else 6)
     assert 1001 * int(extra[1]) // 8 < result["upload_bytes"] < 1001 * 4 + 10_000
     assert set(result["client_ms"]) == {"total", "keys", "masks", "shares", "boxes", "other"}

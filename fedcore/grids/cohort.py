@@ -30,11 +30,11 @@ from fedcore.flower import (
     to_record,
 )
 from fedcore.grids.pool import Doubles, WorkerPool
-from fedcore.grids.protocol import Invited, check_in_reply, hash_work, invitation_of, upload_reply, visit_of, without_protocol
+from fedcore.grids.protocol import Invited, check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
 from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.secagg.participant import Accepted, Participants
+from fedcore.secagg.participant import Accepted, Participants, hash_work
 from fedcore.secagg.sums import ScoreSum
 from fedcore.training.client import CHECK_IN, SCORE_BYTES, Clients, RoundTask
 

@@ -5,9 +5,6 @@ What a client answers is its check-in, or its masked contribution; nothing of it
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +15,7 @@ from fedcore.errors import ClientFailure, Refused
 from fedcore.secagg.participant import Visit
 
 __all__ = [
-    "Invited", "ask_check_in", "check_in_of", "check_in_reply", "hash_work", "invitation_of", "invite", "upload_of", "upload_reply",
+    "Invited", "ask_check_in", "check_in_of", "check_in_reply", "invitation_of", "invite", "upload_of", "upload_reply",
     "visit_of", "without_protocol",
 ]  # fmt: skip
 
@@ -118,12 +115,6 @@ def upload_of(reply: Message) -> tuple[bytes, float]:
     if values.dtype != np.uint8 or not isinstance(milliseconds, float):
         raise ClientFailure("its reply holds no upload")
     return values.tobytes(), milliseconds if 0 <= milliseconds < _LONGEST else _LONGEST
-
-
-def hash_work(model: bytes, task: Mapping[str, Any]) -> bytes:
-    """What a plan binds: SHA-256 over the encoded model and the training configuration, so that all clients do the same work."""
-    text = json.dumps(dict(task), sort_keys=True, default=lambda value: {"bytes": bytes(value).hex()})
-    return hashlib.sha256(hashlib.sha256(model).digest() + text.encode()).digest()
 
 
 def _fields(visit: Visit) -> dict[str, Any]:

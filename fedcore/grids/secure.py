@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedcore.errors import ClientFailure, Refused, RoundFailed
 from fedcore.flower import ClientGrid, Facts, answer_all, check_one_content, from_record, kind_of, only_record
-from fedcore.grids.protocol import ask_check_in, check_in_of, hash_work, invite, upload_of
+from fedcore.grids.protocol import ask_check_in, check_in_of, invite, upload_of
 from fedcore.grids.publish import publish
 from fedcore.models import ParameterLayout
 from fedcore.privacy.release import Release
@@ -25,7 +25,7 @@ from fedcore.secagg.crypto import SUITE
 from fedcore.secagg.driver import Committee, MemberLost, SecureRound
 from fedcore.secagg.messages import CheckIn, Header, Offer
 from fedcore.secagg.neighbours import choose_degree, least_survivors
-from fedcore.secagg.participant import Visit
+from fedcore.secagg.participant import Visit, hash_work
 from fedcore.secagg.sums import Summation, header_numbers
 from fedcore.training.client import RoundTask
 

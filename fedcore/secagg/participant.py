@@ -6,8 +6,11 @@ round are therefore drawn from a key of that round: whoever holds it continues w
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +30,7 @@ from fedcore.secagg.trust import blaming, check_trust, issue_certificate
 
 __all__ = [
     "Accepted", "Demands", "Participant", "Participants", "SimulatedParticipants", "Visit", "claim_visit", "enrolled_participant",
+    "hash_work",
 ]  # fmt: skip
 
 Integers = npt.NDArray[np.unsignedinteger[Any]]
@@ -104,6 +108,12 @@ class Participant:
 
     def _client(self, key: bytes, policy: Policy) -> Client:
         return Client(self._identity, self._certificate, self._trust, policy, keystream(key))
+
+
+def hash_work(model: bytes, task: Mapping[str, Any]) -> bytes:
+    """What a plan binds: SHA-256 over the encoded model and the training configuration, so that all clients do the same work."""
+    text = json.dumps(dict(task), sort_keys=True, default=lambda value: {"bytes": bytes(value).hex()})
+    return hashlib.sha256(hashlib.sha256(model).digest() + text.encode()).digest()
 
 
 def claim_visit(directory: Path, visit: Visit) -> None:

@@ -18,12 +18,11 @@ from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.client import GatewayClient, Requests, may_pass
 from fedcore.gateway.plan import to_table
 from fedcore.gateway.refusals import GatewayRefusal
-from fedcore.grids.protocol import hash_work
 from fedcore.grids.secure import SecureGrid, Terms
 from fedcore.secagg.committee import local_committee
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.driver import Committee
-from fedcore.secagg.participant import Demands, Participant, Visit
+from fedcore.secagg.participant import Demands, Participant, Visit, hash_work
 from fedcore.secagg.plan import Policy
 from fedcore.secagg.sums import plan_update_sum
 from fedcore.secagg.trust import issue_certificate

@@ -6,9 +6,7 @@ visit's key is 32 bytes that the agent keeps with the round; `used/` remembers v
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,12 @@ import numpy as np
 from fedcore.errors import Refused
 from fedcore.gateway.client import Enrolled
 from fedcore.secagg.messages import TrustBundle
-from fedcore.secagg.participant import Accepted, Demands, Participant, Visit, claim_visit
+from fedcore.secagg.participant import Accepted, Demands, Participant, Visit, claim_visit, hash_work
 from fedcore.secagg.plan import Policy as SecurePolicy
 from fedcore.secagg.sums import sum_from_table
 from fedcore_device.policy import PlanPolicy
 
-__all__ = ["Masking", "work_hash"]
-
-
-def work_hash(model: bytes, settings: Mapping[str, Any]) -> bytes:
-    """What the committee's plan binds: SHA-256 over the encoded model and the training configuration."""
-    text = json.dumps(dict(settings), sort_keys=True, default=lambda value: {"bytes": bytes(value).hex()})
-    return hashlib.sha256(hashlib.sha256(model).digest() + text.encode()).digest()
+__all__ = ["Masking"]
 
 
 class Masking:
@@ -62,7 +54,7 @@ class Masking:
         if summation is None:
             raise Refused("the plan asks for secure aggregation and names no sum")
         participant = self._participant(float(settings.get("example-noise-multiplier", 0.0)))
-        return participant.accept(self._key, self._visit, invitation, work_hash(model, settings), summation)
+        return participant.accept(self._key, self._visit, invitation, hash_work(model, settings), summation)
 
     def upload(self, accepted: Accepted, vector: bytes, directory: Path) -> bytes:
         """The masked contribution of a vector in numpy's format; once for a visit, however often the agent is killed.

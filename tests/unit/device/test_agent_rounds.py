@@ -13,7 +13,6 @@ import onnx
 import pytest
 from device_worlds import examples, exported, network, start_of
 from fedcore_device.environment import Conditions
-from fedcore_device.masking import work_hash
 from fedcore_device.noise import Randomness
 from fedcore_device.plan import TrainingPlan
 from fedcore_device.policy import Policy
@@ -40,10 +39,10 @@ from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.plan import to_settings, to_table
 from fedcore.gateway.refusals import GatewayRefusal
-from fedcore.grids.protocol import hash_work
 from fedcore.models import layout_of
 from fedcore.portable.form import FORM_KEY
 from fedcore.quantization.wire import decode_update, encode_model
+from fedcore.secagg.participant import hash_work
 
 
 @pytest.fixture
@@ -419,5 +418,5 @@ def test_a_child_that_trains_the_cnn_stays_within_the_devices_memory(device):
 def test_the_hash_of_the_work_is_the_coordinators_also_after_its_travel():
     table = settings(local=private()) | {"release-seed": b"\x00\xff", "release-dimension": 7, "activation-scales": [0.1, 1e-30]}
     travelled = to_table(pb.Plan.FromString(pb.Plan(settings=to_settings(table)).SerializeToString()))
-    assert work_hash(b"model", travelled) == hash_work(b"model", table)
-    assert work_hash(b"model", travelled | {"epochs": 9}) != hash_work(b"model", table)
+    assert hash_work(b"model", travelled) == hash_work(b"model", table)
+    assert hash_work(b"model", travelled | {"epochs": 9}) != hash_work(b"model", table)

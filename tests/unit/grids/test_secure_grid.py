@@ -16,10 +16,11 @@ from fedcore.coordinator.secure import simulated_trust
 from fedcore.errors import Refused, RoundFailed, TryAgain
 from fedcore.flower import facts_of, from_record, to_record
 from fedcore.grids.cohort import CohortGrid
-from fedcore.grids.protocol import check_in_of, hash_work, visit_of
+from fedcore.grids.protocol import check_in_of, visit_of
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.member import Member
 from fedcore.secagg.messages import SCREENING, CheckIn, Refusal, Screening
+from fedcore.secagg.participant import hash_work
 from fedcore.secagg.sums import ScoreSum
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan

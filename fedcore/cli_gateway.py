@@ -149,12 +149,10 @@ def revoke(
 ) -> None:
     """Revoke a device: it is refused from its next call on, and its certificate is never renewed."""
     with clear_errors():
+        from fedcore.gateway.identity import read_device
         from fedcore.state.gateway import Standing, open_gateway_store
 
-        try:
-            number = int(identity, 16)
-        except ValueError:
-            raise Refused(f"a device is named by 16 hexadecimal digits, got {identity!r}") from None
+        number = read_device(identity)
         folder = _folder(fleet)
         signer, store = folder.signer(), open_gateway_store(folder.store)
         try:

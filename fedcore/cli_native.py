@@ -64,7 +64,10 @@ def explain(
 
         found = measure(*_model(model, input_shape, classes, plain=plain))
         if as_json:
-            print(json.dumps({**asdict(found), "seconds": found.seconds}).replace("NaN", "null"))
+            shown = asdict(found)
+            for share in shown["shares"]:
+                share["peak_share"] = None if math.isnan(share["peak_share"]) else share["peak_share"]
+            print(json.dumps({**shown, "seconds": found.seconds}))
             return
         table = Table(box=None)
         for name in ("layers", "channels", "operations", "time", "share of time", "share of peak"):

@@ -205,11 +205,12 @@ def enrol_ca_revoke(
 ) -> None:
     """Never renew a device's certificate again. Gateways refuse it at once only when it is revoked in their store too."""
     with clear_errors():
-        if len(device) != 16 or set(device.lower()) - set("0123456789abcdef"):
-            raise Refused(f"a device's id has 16 hexadecimal digits, got {device!r}")
+        from fedcore.gateway.identity import read_device
+
+        number = read_device(device)
         signer = _open_signer(directory, fleet)
         try:
-            signer.revoke(int(device, 16))
+            signer.revoke(number)
         finally:
             signer.close()
         print(f"device {device.lower()} is revoked")

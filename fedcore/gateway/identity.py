@@ -33,8 +33,21 @@ from fedcore.secagg.messages import CERTIFICATE
 from fedcore.secagg.trust import about
 
 __all__ = [
-    "PROTOCOL", "WINDOW", "EnrolmentToken", "check_enrolment", "check_proof", "check_request", "check_server_time",
-    "enrolment_request", "issue_token", "mac_key", "read_token", "server_time", "sign_request", "spell",
+    "PROTOCOL",
+    "WINDOW",
+    "EnrolmentToken",
+    "check_enrolment",
+    "check_proof",
+    "check_request",
+    "check_server_time",
+    "enrolment_request",
+    "issue_token",
+    "mac_key",
+    "read_device",
+    "read_token",
+    "server_time",
+    "sign_request",
+    "spell",
 ]  # fmt: skip
 
 PROTOCOL = 1
@@ -46,6 +59,17 @@ _ID, _SECRET = 16, 32
 def spell(device: int) -> str:
     """A device's id as people see it: 16 hexadecimal digits."""
     return f"{device:016x}"
+
+
+def read_device(text: str) -> int:
+    """Inverse of `spell`.
+
+    Raises:
+        Refused: this is no device's id.
+    """
+    if len(text) != 16 or set(text.lower()) - set("0123456789abcdef"):
+        raise Refused(f"a device's id has 16 hexadecimal digits, got {text!r}")
+    return int(text, 16)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -102,12 +104,11 @@ def serve(
     ] = None,
 ) -> None:
     """Serve one member over gRPC and TLS until SIGTERM or Ctrl-C. One line per request goes to stderr."""
-    with clear_errors():
+    with clear_errors(), _log_on_stderr():
         os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # failed handshakes of passers-by are no news
         from fedcore.secagg.committee_service import CommitteeServer, open_operator, read_floor
         from fedcore.secagg.keys import read_certificate
 
-        _log_to_stderr()
         floor = read_floor(policy)
         operator = open_operator(directory, _read_trust(bundle, root), floor)
         try:
@@ -224,13 +225,12 @@ def enrol_ca_serve(
     days: Annotated[int, typer.Option(help="Days until a device's certificate ends.", min=1, max=36500)] = 365,
 ) -> None:
     """Enrol and renew devices for the gateways until SIGTERM or Ctrl-C. The address must be one that only gateways reach."""
-    with clear_errors():
+    with clear_errors(), _log_on_stderr():
         from fedcore.gateway.enrolment import EnrolmentServer
         from fedcore.gateway.tls import is_loopback
 
         if not listen.startswith("unix:") and not is_loopback(listen.rpartition(":")[0].strip("[]")):
             raise Refused(f"{listen}: the signer speaks without TLS, so it takes unix:PATH or an address of this machine alone")
-        _log_to_stderr()
         signer = _open_signer(directory, fleet, days)
         try:
             server = EnrolmentServer(signer, listen)
@@ -347,7 +347,8 @@ def _moment(seconds: int) -> str:
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _log_to_stderr() -> None:
+@contextlib.contextmanager
+def _log_on_stderr() -> Iterator[None]:
     handler = logging.StreamHandler()
     formatter = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%SZ")
     formatter.converter = time.gmtime
@@ -355,3 +356,7 @@ def _log_to_stderr() -> None:
     log = logging.getLogger("fedcore")
     log.addHandler(handler)
     log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)

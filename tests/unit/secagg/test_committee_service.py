@@ -262,12 +262,12 @@ def test_what_passes_is_asked_again(serving):
     assert remote.offer(OFFER) == answer
     left[0] = 10**6
     with pytest.raises(TryAgain, match="No space left on device"):
-        serving.remote(1, patience=0.2).offer(OfferRequest(TASK, 2, EPOCH, END).encode())
+        serving.remote(1, patience=2).offer(OfferRequest(TASK, 2, EPOCH, END).encode())
 
 
 def test_a_member_that_is_gone_or_speaks_otherwise(serving):
     server = serving.serve(1)
-    remote = serving.remote(1, patience=0.3)
+    remote = serving.remote(1, patience=2)
     remote.offer(OFFER)
     server.stop(0)
     with pytest.raises(TryAgain, match=r"member 1 at .*gave up after"):
@@ -289,7 +289,7 @@ def test_a_defect_tells_nothing_but_its_place(serving, caplog):
 
     serving.serve(1, member=Broken())
     with caplog.at_level(logging.INFO, "fedcore"), pytest.raises(TryAgain, match="its log says where") as caught:
-        serving.remote(1, patience=0.2).offer(OFFER)
+        serving.remote(1, patience=2).offer(OFFER)
     assert "offer 'digits' round 1: failed: ValueError at test_committee_service.py:" in caplog.text
     assert "1234" not in caplog.text + str(caught.value)
 

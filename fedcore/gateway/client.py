@@ -26,6 +26,7 @@ from fedcore.gateway.identity import (
 from fedcore.gateway.messages import NONCE, Enrolment, FleetTrust
 from fedcore.gateway.plan import check_plan
 from fedcore.gateway.refusals import FAILURE_KEY, PASSING, GatewayRefusal
+from fedcore.gateway.repository import RepositoryFetcher
 from fedcore.gateway.tls import GATEWAY_NAME, is_loopback
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.secagg.committee_wire import endpoint_of, one_line
@@ -39,7 +40,7 @@ _PIECE = 1 << 20
 _HELD = 40.0  # seconds: a check-in is held for thirty
 _REPLIES: dict[str, Any] = {
     "Enroll": pb.EnrollReply, "Renew": pb.RenewReply, "CheckIn": pb.CheckInReply, "Fetch": pb.FetchReply, "Stage": pb.StageReply,
-    "Upload": pb.UploadReply, "Report": pb.ReportReply, "Forget": pb.ForgetReply,
+    "Upload": pb.UploadReply, "Report": pb.ReportReply, "Forget": pb.ForgetReply, "Release": pb.ReleaseReply,
 }  # fmt: skip
 
 
@@ -155,18 +156,38 @@ class GatewayClient:
         self._requests.check_time(sent, reply.server_time)
         return self._requests.renewed(reply)
 
+    def release(self, body: pb.ReleaseBody) -> pb.ReleaseReply:
+        """Tell how releases did, and ask which one the device should have. Raises as `check_in`.
+
+        The assignment is the caller's to check: `fedcore.registry.assignment.check_assignment`, with the trust bundle's time keys.
+        """
+        sent, reply = self._signed("Release", body, self._timeout)
+        self._requests.check_time(sent, reply.server_time)
+        return reply  # type: ignore[no-any-return]
+
+    def repository(self, token: bytes) -> RepositoryFetcher:
+        """The files of the release repository, for `fedcore.registry.client.Client`; ``token`` is that of a reply to `release`."""
+        return RepositoryFetcher(self, token)
+
     def fetch(self, token: bytes, digest: bytes, offset: int = 0, length: int = 0) -> Iterator[bytes]:
         """A blob's bytes from ``offset`` on; whoever puts them together checks the digest. Raises as `check_in`."""
+        request = pb.FetchRequest(token=token, digest=digest, offset=offset, length=length)
+        for reply in self.replies(request, self._timeout):
+            if reply.data:
+                yield reply.data
+
+    def replies(self, request: pb.FetchRequest, seconds: float) -> Iterator[pb.FetchReply]:
+        """The answers to ``Fetch``, all of them within ``seconds``; closing the iterator ends the call. Raises as `check_in`."""
         import grpc
 
-        request = pb.FetchRequest(token=token, digest=digest, offset=offset, length=length)
         call = self._channel.unary_stream(f"/{SERVICE}/Fetch", pb.FetchRequest.SerializeToString, pb.FetchReply.FromString)
+        answers = call(request, timeout=seconds)
         try:
-            for reply in call(request, timeout=self._timeout):
-                if reply.data:
-                    yield reply.data
+            yield from answers
         except grpc.RpcError as error:
             raise failure_of(error, self._address) from None
+        finally:
+            answers.cancel()
 
     def fetch_whole(self, token: bytes, blob: pb.Blob, have: bytes = b"") -> bytes:
         """A whole blob, of which the first bytes may be there. Raises as `check_in`.

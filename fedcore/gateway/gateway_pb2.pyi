@@ -334,16 +334,18 @@ class Values(_message.Message):
     def __init__(self, values: _Optional[_Iterable[_Union[Value, _Mapping]]] = ...) -> None: ...
 
 class FetchRequest(_message.Message):
-    __slots__ = ("token", "digest", "offset", "length")
+    __slots__ = ("token", "digest", "offset", "length", "name")
     TOKEN_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
     token: bytes
     digest: bytes
     offset: int
     length: int
-    def __init__(self, token: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    name: str
+    def __init__(self, token: _Optional[bytes] = ..., digest: _Optional[bytes] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., name: _Optional[str] = ...) -> None: ...
 
 class FetchReply(_message.Message):
     __slots__ = ("data", "total")
@@ -426,3 +428,55 @@ class ReportReply(_message.Message):
 class ForgetReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class ReleaseBody(_message.Message):
+    __slots__ = ("model", "tier", "runtime", "hardware", "version", "health", "labels")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    RUNTIME_FIELD_NUMBER: _ClassVar[int]
+    HARDWARE_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    HEALTH_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    tier: str
+    runtime: str
+    hardware: str
+    version: int
+    health: _containers.RepeatedCompositeFieldContainer[Health]
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, model: _Optional[str] = ..., tier: _Optional[str] = ..., runtime: _Optional[str] = ..., hardware: _Optional[str] = ..., version: _Optional[int] = ..., health: _Optional[_Iterable[_Union[Health, _Mapping]]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Health(_message.Message):
+    __slots__ = ("rollout", "version", "measures", "refused")
+    ROLLOUT_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    MEASURES_FIELD_NUMBER: _ClassVar[int]
+    REFUSED_FIELD_NUMBER: _ClassVar[int]
+    rollout: str
+    version: int
+    measures: _containers.RepeatedCompositeFieldContainer[Measure]
+    refused: str
+    def __init__(self, rollout: _Optional[str] = ..., version: _Optional[int] = ..., measures: _Optional[_Iterable[_Union[Measure, _Mapping]]] = ..., refused: _Optional[str] = ...) -> None: ...
+
+class Measure(_message.Message):
+    __slots__ = ("signal", "value")
+    SIGNAL_FIELD_NUMBER: _ClassVar[int]
+    VALUE_FIELD_NUMBER: _ClassVar[int]
+    signal: str
+    value: float
+    def __init__(self, signal: _Optional[str] = ..., value: _Optional[float] = ...) -> None: ...
+
+class ReleaseReply(_message.Message):
+    __slots__ = ("server_time", "assignment", "token", "retry_after_ms", "reason")
+    SERVER_TIME_FIELD_NUMBER: _ClassVar[int]
+    ASSIGNMENT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    server_time: ServerTime
+    assignment: bytes
+    token: bytes
+    retry_after_ms: int
+    reason: str
+    def __init__(self, server_time: _Optional[_Union[ServerTime, _Mapping]] = ..., assignment: _Optional[bytes] = ..., token: _Optional[bytes] = ..., retry_after_ms: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...

@@ -71,8 +71,8 @@ class FleetTrust(Message):
     """What a device pins at enrolment: its digest is in the enrolment token, so it needs no signature.
 
     ``tls_authority``: certificate (PEM) that signs the gateways' ones; empty where public authorities do. ``plan_keys`` sign
-    plans, ``time_keys`` the gateways' clocks, ``publisher_keys`` training steps. ``committee``: the `TrustBundle` of secure
-    aggregation, empty without one; ``update_root``: root of the model repository, empty without one.
+    plans, ``time_keys`` the gateways' clocks and assignments of releases, ``publisher_keys`` training steps. ``committee``: the
+    `TrustBundle` of secure aggregation, empty without one; ``update_root``: root of the release repository, empty without one.
     """
 
     TAG: ClassVar[int] = 84

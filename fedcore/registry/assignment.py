@@ -5,6 +5,8 @@ It only chooses among what the repository's roles signed; it can hold a device b
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -48,17 +50,18 @@ def sign_assignment(assignment: Assignment, key: Signer) -> bytes:
     return replace(assignment, signature=key.sign(_PURPOSE, assignment.content())).encode()
 
 
-def check_assignment(data: bytes, public: bytes, device: bytes, last: int, now: float) -> Assignment:
+def check_assignment(data: bytes, keys: Collection[bytes], device: bytes, last: int, now: float) -> Assignment:
     """The assignment in ``data``, for this device and not seen before.
 
     Args:
-        public: the Ed25519 key that assigns, pinned at enrolment. last: the highest sequence that was accepted. now: Unix seconds.
+        keys: the Ed25519 keys of which one assigns, pinned at enrolment (`FleetTrust.time_keys`).
+        last: the highest sequence that was accepted. now: Unix seconds.
 
     Raises:
         Refused: not that, signed by somebody else, an old one, or one that is over or claims to be good for too long.
     """
     found = Assignment.decode(data)
-    verify(ED25519, public, found.signature, _PURPOSE, found.content())
+    _check_signature(found, keys)
     if found.device != device:
         raise Refused("this assignment is for another device")
     if found.sequence <= last:
@@ -67,6 +70,14 @@ def check_assignment(data: bytes, public: bytes, device: bytes, last: int, now: 
         raise Refused(f"an assignment that is good for {found.expiry - found.issued} s; at most {LONGEST} are allowed")
     still_good(found, found.target, now)
     return found
+
+
+def _check_signature(found: Assignment, keys: Collection[bytes]) -> None:
+    for key in keys:
+        with contextlib.suppress(Refused):
+            verify(ED25519, key, found.signature, _PURPOSE, found.content())
+            return
+    raise Refused("this assignment is signed by none of the keys that this device trusts")
 
 
 def still_good(assignment: Assignment, target: bytes, now: float) -> None:

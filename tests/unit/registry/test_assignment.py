@@ -11,11 +11,12 @@ from fedcore.registry.client import Client
 from fedcore.secagg.crypto import Ed25519Key
 
 KEY, DEVICE = Ed25519Key(b"k" * 32), b"d" * 32
+KEYS = (Ed25519Key(b"o" * 32).public, KEY.public)
 ONE = Assignment(DEVICE, 5, "spring", "digits", 7, b"t" * 32, 1000, 4600, bytes(64))
 
 
-def checked(data, last=4, now=2000.0, device=DEVICE, public=KEY.public):
-    return check_assignment(data, public, device, last, now)
+def checked(data, last=4, now=2000.0, device=DEVICE, keys=KEYS):
+    return check_assignment(data, keys, device, last, now)
 
 
 def test_an_assignment_is_taken_once():
@@ -28,8 +29,8 @@ def test_an_assignment_is_taken_once():
 def test_of_anybody_else_for_anybody_else_at_another_time():
     data = sign_assignment(ONE, KEY)
     for changes, words in (
-        ({"public": Ed25519Key(b"x" * 32).public}, "signature"), ({"device": b"e" * 32}, "another device"),
-        ({"now": 4600.0}, "over"), ({"now": 1000.0 - LONGEST - 1}, "from the future"),
+        ({"keys": [Ed25519Key(b"x" * 32).public]}, "signed by none"), ({"keys": []}, "signed by none"),
+        ({"device": b"e" * 32}, "another device"), ({"now": 4600.0}, "over"), ({"now": 1000.0 - LONGEST - 1}, "from the future"),
     ):  # fmt: skip
         with pytest.raises(Refused, match=words):
             checked(data, **changes)

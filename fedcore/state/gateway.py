@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+from fedcore.state.releases import ReleaseStore
+
 __all__ = [
     "REQUEST_WINDOW", "Acceptance", "Admission", "Contribution", "Device", "GatewayStore", "Note", "Problem", "Round", "RoundState",
     "Standing", "Verdict", "open_gateway_store",
@@ -128,7 +130,12 @@ class Note:
 
 class GatewayStore(Protocol):
     """Shared, durable state. Methods raise `TryAgain` where the store is busy, full or away: nothing is known to have happened
-    then, and the same call may be repeated. A store belongs to the thread that opened it."""
+    then, and the same call may be repeated. A store belongs to the thread that opened it. ``releases`` is its other part."""
+
+    @property
+    def releases(self) -> ReleaseStore:
+        """Rollouts of releases, and what devices run."""
+        ...
 
     def register(self, device: Device) -> Device:
         """Add a device, or give one of this id and key the new end of its certificate; the device as it is now.

@@ -32,6 +32,7 @@ from fedcore.state.gateway import (
     Verdict,
 )
 from fedcore.state.redis import _parse  # the URL of a ledger and of a gateway's store are one format
+from fedcore.state.releases_redis import RedisReleases
 
 __all__ = ["RedisGatewayStore"]
 
@@ -150,6 +151,7 @@ class RedisGatewayStore:
                 names = ("register", "judge", "admit", "advance", "note", "accept")
                 texts = (_REGISTER, _JUDGE, _ADMIT, _ADVANCE, _NOTE, _ACCEPT)
                 self._scripts = {name: self._redis.register_script(text) for name, text in zip(names, texts, strict=True)}
+                self.releases = RedisReleases(self._redis, self._prefix, self._clear_errors)
             except BaseException:
                 self.close()
                 raise
@@ -189,6 +191,7 @@ class RedisGatewayStore:
             for key in self._redis.hkeys(self._key("rounds")):
                 for kind in self._redis.smembers(self._key("kinds", key.decode())):
                     self._redis.hdel(self._key("notes", key.decode(), kind.decode()), device)
+            self.releases.forget(device)
 
     def admit(self, requests: Sequence[Admission], now: float) -> list[Verdict]:
         """See `GatewayStore`. One script a request, sent together: each is decided, and kept, on its own."""

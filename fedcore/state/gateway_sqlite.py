@@ -28,6 +28,7 @@ from fedcore.state.gateway import (
     Standing,
     Verdict,
 )
+from fedcore.state.releases_sqlite import SqliteReleases
 from fedcore.state.sqlite import transaction
 
 __all__ = ["SqliteGatewayStore"]
@@ -70,6 +71,7 @@ class SqliteGatewayStore:
             self._db = sqlite3.connect(path, timeout=10, isolation_level=None)
             try:
                 self._prepare()
+                self.releases = SqliteReleases(self._db, self._clear_errors)
             except BaseException:
                 self._db.close()
                 raise
@@ -226,6 +228,7 @@ class SqliteGatewayStore:
             self._db.execute("UPDATE devices SET told = '', last_seen = 0, enrolled = 0 WHERE id = ?", (device,))
             self._db.execute("DELETE FROM participations WHERE device = ?", (device,))
             self._db.execute("DELETE FROM notes WHERE device = ?", (device,))
+            self.releases.forget(device)
 
     def _counted(self, key: str, device: int) -> bytes | None:
         row = self._db.execute("SELECT digest FROM contributions WHERE round = ? AND device = ?", (key, device)).fetchone()

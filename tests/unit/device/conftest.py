@@ -1,4 +1,5 @@
-"""Makes `worlds.py` importable as ``device_worlds``, and `fleet_fake.py`; the device's package comes from its own folder."""
+"""Makes modules of this folder importable: `worlds.py` as ``device_worlds``, `releases.py` as ``device_releases``, and
+`fleet_fake.py`; the device's package comes from its own folder."""
 
 import importlib.util
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "clients" / "linux"))
-for name, file in (("device_worlds", "worlds.py"), ("fleet_fake", "fleet_fake.py")):
+for name, file in (("device_worlds", "worlds.py"), ("fleet_fake", "fleet_fake.py"), ("device_releases", "releases.py")):
     spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])

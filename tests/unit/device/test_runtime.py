@@ -1,0 +1,375 @@
+"""The runtime for apps: the exporters' own answers, what it refuses, what it loads and lets go, and what goes wrong around it."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import fedcore_device.runtime
+import numpy as np
+import pytest
+from device_releases import LABELS, Around, expected, put, rows, written
+from fedcore_device import Runtime
+from fedcore_device.environment import Conditions
+from fedcore_device.installed import Trial, health_path, keep_trial
+from fedcore_device.runtime_artefact import CPU, Opened, open_artefact
+from fedcore_device.runtime_health import read_health
+
+from fedcore.errors import Refused, TryAgain
+
+RUNTIMES = ("onnx", "litert")
+
+
+def made(directory, **options):
+    return Runtime(directory, environment=options.pop("environment", Around()), **options)
+
+
+@pytest.mark.parametrize("name", ["mlp", "cnn", "imu_cnn"])
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_predict_gives_the_gates_logits(tmp_path, runtime, name):
+    data, x = written(runtime, name)
+    put(tmp_path, 1, {f"flagship/{runtime}": data})
+    one = made(tmp_path)
+    wanted = expected(runtime, data, x)
+    np.testing.assert_array_equal(one.predict("digits", x), wanted)
+    np.testing.assert_array_equal(one.predict("digits", x[3]), wanted[3])
+    np.testing.assert_array_equal(one.predict("digits", x, normalised=True), wanted)
+    np.testing.assert_array_equal(one.predict("digits", np.concatenate([x] * 3).astype(np.float64)), np.concatenate([wanted] * 3))
+    assert one.labels("digits") == LABELS
+    assert one.predict("digits", x).dtype == np.float32
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_raw_values_are_normalised_as_the_release_says(tmp_path, runtime):
+    mean, std = (0.25, -1.0, 2.0), (0.5, 2.0, 4.0)  # powers of two: exact in float32
+    data, x = written(runtime, "imu_cnn", mean=mean, std=std)
+    put(tmp_path, 1, {f"flagship/{runtime}": data})
+    x = np.round(x * 1024).astype(np.float32) / 1024
+    raw = rows(x, mean=np.array(mean)[:, None], std=np.array(std)[:, None])
+    found = made(tmp_path).predict("digits", raw)
+    np.testing.assert_array_equal(found, expected(runtime, data, x))
+    assert not np.array_equal(found, expected(runtime, data, raw))
+
+
+def test_probabilities_are_the_softmax_of_the_logits(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    one = made(tmp_path)
+    logits, found = one.predict("digits", x).astype(np.float64), one.predict("digits", x, probabilities=True)
+    np.testing.assert_allclose(found, np.exp(logits) / np.exp(logits).sum(1, keepdims=True), rtol=1e-5)
+    assert one.predict("digits", x[0], probabilities=True).shape == (4,)
+
+
+@pytest.mark.parametrize(
+    ("x", "line"),
+    [
+        (np.zeros((1, 8, 8), np.uint8), "x has type uint8"),
+        (np.zeros((1, 8, 8), complex), "x has type complex128"),
+        (np.zeros((1, 8, 9), np.float32), r"x has shape \[1, 8, 9\]; it takes \[1, 8, 8\], or a batch \[n, 1, 8, 8\]"),
+        (np.zeros((0, 1, 8, 8), np.float32), r"shape \[0, 1, 8, 8\]"),
+        (np.full((1, 8, 8), np.nan, np.float32), "not finite"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line_and_is_no_error_of_the_model(tmp_path, x, line):
+    place = put(tmp_path, 1, {"flagship/onnx": written()[0]})
+    with pytest.raises(Refused, match=line) as caught:
+        made(tmp_path).predict("digits", x)
+    assert "\n" not in str(caught.value)
+    assert read_health(health_path(place, 1)).counters["errors"] == 0
+
+
+def test_what_is_not_installed_says_so(tmp_path):
+    with pytest.raises(TryAgain, match="no release of digits is installed"):
+        made(tmp_path).predict("digits", np.zeros((1, 8, 8)))
+    with pytest.raises(Refused, match="names no model"):
+        made(tmp_path).predict("../digits", np.zeros((1, 8, 8)))
+    put(tmp_path, 1, {"flagship/coreml": b"x"})
+    with pytest.raises(Refused, match="has no file for onnx"):
+        made(tmp_path).predict("digits", np.zeros((1, 8, 8)))
+
+
+def test_a_new_release_is_taken_up_without_a_restart_and_old_calls_end_well(tmp_path, monkeypatch):
+    (old, x), (new, _) = written(seed=0), written(seed=1)
+    put(tmp_path, 1, {"flagship/onnx": old})
+    one = made(tmp_path)
+    running, installed, answers = threading.Event(), threading.Event(), []
+    one.predict("digits", x)
+    (loaded,) = one.loaded()
+    inner = loaded.opened.logits
+
+    def slow(batch):
+        running.set()
+        assert installed.wait(60)
+        return inner(batch)
+
+    object.__setattr__(loaded.opened, "logits", slow)
+    thread = threading.Thread(target=lambda: answers.append(one.predict("digits", x)))
+    thread.start()
+    assert running.wait(60)
+    put(tmp_path, 2, {"flagship/onnx": new})
+    put(tmp_path, 3, {"flagship/onnx": new})  # release 1 is not even on the disk any more
+    np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", new, x))
+    installed.set()
+    thread.join(60)
+    np.testing.assert_array_equal(answers[0], expected("onnx", old, x))
+    assert [held.version for held in one.loaded()] == [3]
+
+
+def test_files_that_the_agent_removes_while_they_are_opened(tmp_path, monkeypatch):
+    data = {seed: written(seed=seed)[0] for seed in (0, 1)}
+    x = written()[1]
+    put(tmp_path, 1, {"flagship/onnx": data[0]})
+    one = made(tmp_path)
+    look, looks = one._choose, []
+
+    def late(model, release):
+        if not looks:
+            for version in (2, 3):
+                put(tmp_path, version, {"flagship/onnx": data[1]})
+        looks.append(release.version)
+        return look(model, release)
+
+    monkeypatch.setattr(one, "_choose", late)
+    np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", data[1], x))
+    assert looks == [1, 3]
+
+
+def test_a_damaged_file_is_refused_and_the_model_before_goes_on(tmp_path):
+    (old, x), (new, _) = written(seed=0), written(seed=1)
+    put(tmp_path, 1, {"flagship/onnx": old})
+    one = made(tmp_path)
+    one.predict("digits", x)
+    place = put(tmp_path, 2, {"flagship/onnx": new})
+    for path in (place / "files").iterdir():
+        if path.read_bytes() == new:
+            path.write_bytes(new[:-1])
+    for _ in range(2):
+        np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", old, x))
+    with pytest.raises(Refused, match="release 2 is damaged"):
+        made(tmp_path).predict("digits", x)
+
+
+def test_the_least_recently_used_model_goes_when_memory_is_short(tmp_path):
+    data, x = written()
+    other = written(seed=1)[0]
+    for model, one in (("a", data), ("b", other), ("c", data)):
+        keep_trial(put(tmp_path, 1, {"flagship/onnx": one}, model), 1, Trial(loaded_bytes=dict.fromkeys(_digests(one), 40 << 20)))
+    one = made(tmp_path, memory=100 << 20)
+    for model in "abab":
+        one.predict(model, x)
+    one.predict("c", x)
+    assert [held.model for held in one.loaded()] == ["b", "c"]
+    one.predict("b", x)
+    one.predict("a", x)
+    assert [held.model for held in one.loaded()] == ["b", "a"]
+    assert all(held.bytes >= 40 << 20 for held in one.loaded())
+    one.close()
+    assert not one.loaded()
+    one.predict("a", x)
+
+
+def _digests(*data):
+    import hashlib
+
+    return [hashlib.sha256(one).hexdigest() for one in data]
+
+
+def test_a_model_that_is_larger_than_the_limit(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    with pytest.raises(Refused, match=r"digits takes \d+ bytes of memory; the limit of this Runtime is 1000"):
+        made(tmp_path, memory=1000).predict("digits", x)
+
+
+def test_what_a_model_takes_is_measured_where_no_trial_did(tmp_path, monkeypatch):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    resident = iter([10 << 20, 90 << 20])
+    monkeypatch.setattr(fedcore_device.runtime, "_resident", lambda: next(resident))
+    one = made(tmp_path)
+    one.predict("digits", x)
+    assert one.loaded()[0].bytes == 80 << 20
+
+
+def flaky(fails, delegate_fails):
+    """`open_artefact` with an accelerator that cannot open, cannot run, or fails later."""
+    opened = []
+
+    def opening(path, runtime, delegate=CPU, threads=1):
+        opened.append(delegate)
+        found = open_artefact(path, runtime, CPU, threads)
+        if delegate == CPU:
+            return found
+        if delegate_fails == "open":
+            raise Refused(f"{delegate}: no such device")
+        calls = []
+
+        def logits(x):
+            calls.append(1)
+            if delegate_fails == "run" and len(calls) > fails:
+                raise RuntimeError("device lost")
+            answer = found.logits(x)
+            return np.full_like(answer, np.nan) if delegate_fails == "nonsense" and len(calls) > fails else answer
+
+        return Opened(delegate, found.shape, found.classes, found.facts, logits)
+
+    return opening, opened
+
+
+@pytest.mark.parametrize(("how", "after"), [("open", 0), ("run", 0), ("run", 2), ("nonsense", 0), ("nonsense", 2)])
+def test_a_delegate_that_fails_gives_way_to_the_cpu_and_is_remembered(tmp_path, monkeypatch, how, after):
+    data, x = written()
+    place = put(tmp_path, 1, {"flagship/onnx": data})
+    opening, opened = flaky(after, how)
+    monkeypatch.setattr(fedcore_device.runtime, "open_artefact", opening)
+    options = {"delegates": {"onnx": ("NpuExecutionProvider", CPU)}}
+    one = made(tmp_path, **options)
+    for _ in range(4):
+        np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", data, x))
+    assert one.loaded()[0].opened.delegate == CPU
+    assert opened == ["NpuExecutionProvider", CPU]
+    made(tmp_path, **options).predict("digits", x)
+    assert opened == ["NpuExecutionProvider", CPU, CPU], "another process does not try it again"
+    health = read_health(health_path(place, 1))
+    assert health.counters["delegate_failures"] == 1 and health.counters["errors"] == 0
+    (reasons,) = json.loads((place / "delegates.json").read_text()).values()
+    assert "device" in reasons["NpuExecutionProvider"] or "finite" in reasons["NpuExecutionProvider"]
+    put(tmp_path, 2, {"flagship/onnx": written(seed=1)[0]})
+    made(tmp_path, **options).predict("digits", x)
+    assert opened[3] == "NpuExecutionProvider", "a new release has a new chance"
+
+
+def test_a_driver_that_kills_the_process_is_not_tried_by_the_next_one(tmp_path):
+    put(tmp_path, 1, {"flagship/onnx": written()[0]})
+    code = """
+import os, sys, numpy as np, fedcore_device.runtime as runtime
+inner = runtime.open_artefact
+runtime.open_artefact = lambda path, kind, delegate, threads: inner(path, kind, delegate) if delegate == "cpu" else os.abort()
+one = runtime.Runtime(sys.argv[1], delegates={"onnx": ("Bad", "cpu")})
+print(one.predict("digits", np.zeros((1, 8, 8))).shape)
+"""
+    first, second = (_run(code, tmp_path) for _ in range(2))
+    assert first.returncode < 0
+    assert second.returncode == 0, second.stderr
+    assert second.stdout.strip() == "(4,)"
+    health = read_health(health_path(tmp_path / "models" / "digits", 1))
+    assert health.crashes == 1
+
+
+def _run(code, *arguments):
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(fedcore_device.runtime.__file__).parents[1]), *sys.path])}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+        timeout=120,
+    )
+
+
+def test_a_provider_that_this_machine_does_not_have(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    one = made(tmp_path, delegates={"onnx": ("CUDAExecutionProvider",)})
+    np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", data, x))
+    assert one.loaded()[0].opened.delegate == CPU
+
+
+def test_a_litert_delegate_that_is_not_there(tmp_path):
+    data, x = written("litert")
+    place = put(tmp_path, 1, {"flagship/litert": data})
+    one = made(tmp_path, delegates={"litert": ("/nowhere/libdelegate.so",)})
+    np.testing.assert_array_equal(one.predict("digits", x), expected("litert", data, x))
+    assert read_health(health_path(place, 1)).counters["delegate_failures"] == 1
+
+
+def test_a_model_that_fails_on_the_cpu_is_an_error_and_is_counted(tmp_path, monkeypatch):
+    place = put(tmp_path, 1, {"flagship/onnx": written()[0]})
+    one, x = made(tmp_path), written()[1]
+    one.predict("digits", x)
+    object.__setattr__(one.loaded()[0].opened, "logits", lambda _: np.full((60, 4), np.inf, np.float32))
+    with pytest.raises(Refused, match="release 1 cannot be run: its logits are not finite"):
+        one.predict("digits", x)
+    health = read_health(health_path(place, 1))
+    assert (health.counters["calls"], health.counters["errors"]) == (2, 1)
+
+
+def test_a_file_that_is_no_model_counts_as_a_crash_on_load(tmp_path):
+    place = put(tmp_path, 1, {"flagship/onnx": b"this is no model"})
+    one = made(tmp_path)
+    for _ in range(3):
+        with pytest.raises(Refused, match="onnx on cpu cannot open"):
+            one.predict("digits", np.zeros((1, 8, 8)))
+    health = read_health(health_path(place, 1))
+    assert (health.crashes, health.counters["loads_begun"]) == (1, 1), "it is not opened again and again"
+    assert health.signals()["crash"] == 1.0
+
+
+def test_the_lower_tier_runs_while_the_device_is_strained(tmp_path):
+    (large, x), (small, _) = written(seed=0), written(seed=1)
+    place = put(tmp_path, 1, {"flagship/onnx": large, "entry/onnx": small})
+    around = Around(temperature=30.0, battery_percent=80)
+    one = made(tmp_path, environment=around)
+    one._watch._every = 0.0
+    for found, data in (
+        ({"temperature": 44.0}, large), ({"temperature": 45.5}, small), ({"temperature": 43.0}, small),
+        ({"temperature": 42.0}, large),
+        ({"battery_percent": 19}, small), ({"battery_percent": 24}, small), ({"battery_percent": 25}, large), ({}, large),
+    ):  # fmt: skip
+        around.found = Conditions(**found)
+        np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", data, x))
+    assert read_health(health_path(place, 1)).counters["tier_switches"] == 4
+    assert len(one.loaded()) == 2
+
+
+def test_one_tier_alone_stays(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"entry/onnx": data})
+    one = made(tmp_path, environment=Around(temperature=80.0))
+    np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", data, x))
+
+
+def test_both_runtimes_installed_and_tiers_of_other_names(tmp_path):
+    (onnx, x), (litert, _) = written("onnx"), written("litert", seed=1)
+    put(tmp_path, 1, {"small/litert": litert, "big/onnx": onnx})
+    one = made(tmp_path, tiers=("big", "small"), environment=Around(temperature=80.0))
+    np.testing.assert_array_equal(one.predict("digits", x), expected("litert", litert, x))
+
+
+def test_many_threads_at_once(tmp_path):
+    for runtime in RUNTIMES:
+        data, x = written(runtime)
+        put(tmp_path, 1, {f"flagship/{runtime}": data}, runtime)
+        wanted, one, wrong = expected(runtime, data, x), made(tmp_path), []
+
+        def work(one=one, runtime=runtime, wanted=wanted, x=x, wrong=wrong):
+            for at in range(0, 40, 5):
+                if not np.array_equal(one.predict(runtime, x[at : at + 3]), wanted[at : at + 3]):
+                    wrong.append(at)
+
+        threads = [threading.Thread(target=work) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not wrong
+        assert read_health(health_path(tmp_path / "models" / runtime, 1)).counters["calls"] == 64
+        assert len(one.loaded()) == 1
+
+
+def test_a_runtime_does_not_outlive_a_fork(tmp_path, monkeypatch):
+    put(tmp_path, 1, {"flagship/onnx": written()[0]})
+    one = made(tmp_path)
+    monkeypatch.setattr(fedcore_device.runtime.os, "getpid", lambda: -1)
+    with pytest.raises(Refused, match="before the process was forked"):
+        one.predict("digits", np.zeros((1, 8, 8)))
+
+
+def test_importing_the_package_imports_no_runtime():
+    found = _run("import sys, fedcore_device; print([m for m in ('numpy', 'onnxruntime', 'tuf', 'grpc') if m in sys.modules])")
+    assert found.stdout.strip() == "[]"
+    found = _run("import sys; from fedcore_device import Runtime; print([m for m in ('torch', 'tuf', 'grpc') if m in sys.modules])")
+    assert found.stdout.strip() == "[]", found.stderr

@@ -13,7 +13,7 @@ from fedcore.errors import Refused
 from fedcore.privacy.mechanisms import clip
 from fedcore.quantization.wire import decode_update
 
-__all__ = ["ENCODINGS", "RunningSum", "Summand", "UploadTerms", "read_upload"]
+__all__ = ["ENCODINGS", "RunningSum", "Summand", "UploadTerms", "encode_score", "read_upload"]
 
 ENCODINGS = ("float32", "int8", "contribution", "score", "masked")
 _SCORE = struct.Struct("<QQd")
@@ -84,6 +84,11 @@ def read_upload(data: bytes, terms: UploadTerms) -> Summand:
     if norm > terms.most_norm and terms.encoding in _UPDATE:
         raise Refused(f"its norm {norm:.3g} is over the limit {terms.most_norm:.3g}")
     return Summand(vector.astype(np.float32, copy=False), examples, examples, 0, loss * examples)
+
+
+def encode_score(examples: int, correct: int, loss: float) -> bytes:
+    """An upload in the encoding "score": examples, correct predictions among them, and the sum of their losses."""
+    return _SCORE.pack(examples, correct, loss)
 
 
 def _score(data: bytes, terms: UploadTerms) -> Summand:

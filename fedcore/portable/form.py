@@ -1,4 +1,4 @@
-"""What coordinator and device agree on about a training step: its inputs, outputs, operators and size. Neither torch nor onnx.
+"""What coordinator and device agree on about received graphs: their inputs, outputs, operators and sizes. Neither torch nor onnx.
 
 A step is an ONNX file that computes, for the first rows of a batch that ``mask`` counts, the sum of their gradients:
 
@@ -8,6 +8,11 @@ A step is an ONNX file that computes, for the first rows of a batch that ``mask`
 all parameters together before the sum (Abadi et al. 2016, arXiv:1607.00133); in one that does not, ``clip`` changes nothing.
 ``frozen`` and ``ranges`` are inputs only where the model has frozen parameters or rounds activations, so that a step is a
 function of the architecture alone: it can be signed before a run starts, and stays the same whatever is learnt or calibrated.
+
+An evaluation graph is held to the same rules, takes the same inputs but for ``clip``, and gives three numbers about those rows: how
+many there are, how many of them the model labels as y does (of equal logits the first counts), and the sum of their losses:
+
+    (parameters [d], frozen [f], ranges [6 q], x [b, ...], y [b, classes], mask [b]) -> (count [], correct [], loss [])
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -24,13 +29,15 @@ import numpy.typing as npt
 from fedcore.errors import Refused
 from fedcore.quantization.wire import ActivationRange
 
-__all__ = ["FORM_KEY", "IR_VERSION", "OPERATORS", "OPSET", "OUTPUTS", "RANGE_VALUES", "SIZE_LIMIT", "StepForm", "range_values"]
+__all__ = [
+    "FORM_KEY", "IR_VERSION", "OPERATORS", "OPSET", "RANGE_VALUES", "SIZE_LIMIT", "EvaluationForm", "GraphForm", "StepForm",
+    "range_values",
+]  # fmt: skip
 
-FORM_KEY = "fedcore.step"  # the metadata property that holds the form
+FORM_KEY = "fedcore.step"  # the metadata property that holds a step's form
 OPSET, IR_VERSION = 17, 8
 SIZE_LIMIT = 16 * 1024 * 1024  # bytes of a step; the zoo's are below 200 kB
 RANGE_VALUES = 6
-OUTPUTS = ("gradient", "count", "loss")
 OPERATORS = frozenset((
     "Abs", "Add", "Cast", "Clip", "Concat", "Div", "Equal", "Exp", "Gather", "Gemm", "Greater", "Identity", "LogSoftmax", "MatMul",
     "Max", "Min", "Mul", "Neg", "Pad", "Reciprocal", "ReduceMax", "ReduceMean", "ReduceSum", "ReduceSumSquare", "Reshape", "Round",
@@ -41,8 +48,8 @@ _MOST = 2**28  # values of one input
 
 
 @dataclass(frozen=True)
-class StepForm:
-    """Sizes of a step's inputs, as in this module's head: d, f, the q quantizers' names, one example's shape, classes and b."""
+class GraphForm:
+    """Sizes of a graph's inputs, as in this module's head: d, f, the q quantizers' names, one example's shape, classes and b."""
 
     parameters: int
     frozen: int
@@ -50,7 +57,9 @@ class StepForm:
     input_shape: tuple[int, ...]
     classes: int
     batch: int
-    clips: bool
+
+    KEY: ClassVar[str]  # the metadata property that holds the form
+    WHAT: ClassVar[str]  # for people
 
     def inputs(self) -> dict[str, tuple[int, ...]]:
         """Shape of every input that the graph has, in order."""
@@ -61,23 +70,22 @@ class StepForm:
             "x": (self.batch, *self.input_shape),
             "y": (self.batch, self.classes),
             "mask": (self.batch,),
-            "clip": (),
         }
 
     def outputs(self) -> dict[str, tuple[int, ...]]:
         """Shape of every output, in order."""
-        return dict(zip(OUTPUTS, ((self.parameters,), (), ()), strict=True))
+        raise NotImplementedError
 
     def to_json(self) -> str:
         """Canonical text; the inverse of `from_json`."""
         return json.dumps({"version": _VERSION, **asdict(self)}, sort_keys=True, separators=(",", ":"))
 
     @classmethod
-    def from_json(cls, text: str) -> StepForm:
-        """The form that a step states.
+    def from_json(cls, text: str) -> Self:
+        """The form that a graph states.
 
         Raises:
-            Refused: not a form of this version, or sizes that no step has.
+            Refused: not a form of this version, or sizes that no graph has.
         """
         try:
             found = json.loads(text)
@@ -85,24 +93,59 @@ class StepForm:
             fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in found.items()}
             form = cls(**fields)
         except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-            raise Refused("training step: its form is not readable") from error
+            raise Refused(f"{cls.WHAT}: its form is not readable") from error
         if version != _VERSION:
-            raise Refused(f"training step: form version {version!r} is not {_VERSION}, the one known here")
+            raise Refused(f"{cls.WHAT}: form version {version!r} is not {_VERSION}, the one known here")
         form._validate()
         return form
 
     def _validate(self) -> None:
         numbers = {"parameters": self.parameters, "classes": self.classes, "batch": self.batch, "frozen": self.frozen}
         if not isinstance(self.input_shape, tuple) or not isinstance(self.quantizers, tuple):
-            raise Refused("training step: input_shape and quantizers must be lists")
+            raise Refused(f"{self.WHAT}: input_shape and quantizers must be lists; quantizers a list of names")
         numbers |= {f"input_shape[{i}]": size for i, size in enumerate(self.input_shape)}
         for name, value in numbers.items():
             if type(value) is not int or not (name != "frozen") <= value < _MOST:
-                raise Refused(f"training step: {name} must be an integer from {int(name != 'frozen')}, got {value!r}")
-        if type(self.clips) is not bool or not all(isinstance(name, str) for name in self.quantizers):
-            raise Refused("training step: clips must be true or false, quantizers a list of names")
+                raise Refused(f"{self.WHAT}: {name} must be an integer from {int(name != 'frozen')}, got {value!r}")
+        if not all(isinstance(name, str) for name in self.quantizers):
+            raise Refused(f"{self.WHAT}: input_shape and quantizers must be lists; quantizers a list of names")
         if self.batch * max(self.classes, math.prod(self.input_shape)) >= _MOST:
-            raise Refused(f"training step: one of its inputs has {_MOST} values or more")
+            raise Refused(f"{self.WHAT}: one of its inputs has {_MOST} values or more")
+
+
+@dataclass(frozen=True)
+class StepForm(GraphForm):
+    """The form of a training step, and whether it clips."""
+
+    clips: bool
+
+    KEY: ClassVar[str] = FORM_KEY
+    WHAT: ClassVar[str] = "training step"
+
+    def inputs(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every input that the graph has, in order."""
+        return {**super().inputs(), "clip": ()}
+
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every output, in order."""
+        return {"gradient": (self.parameters,), "count": (), "loss": ()}
+
+    def _validate(self) -> None:
+        super()._validate()
+        if type(self.clips) is not bool:
+            raise Refused(f"{self.WHAT}: clips must be true or false")
+
+
+@dataclass(frozen=True)
+class EvaluationForm(GraphForm):
+    """The form of an evaluation graph."""
+
+    KEY: ClassVar[str] = "fedcore.evaluation"
+    WHAT: ClassVar[str] = "evaluation graph"
+
+    def outputs(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every output, in order."""
+        return {"count": (), "correct": (), "loss": ()}
 
 
 def range_values(ranges: Mapping[str, ActivationRange], quantizers: tuple[str, ...], dtype: Any = np.float32) -> npt.NDArray[Any]:

@@ -1,4 +1,5 @@
-"""What a training step must show before anyone may train with it: it gives the gradients that torch gives.
+"""What a training step must show before anyone may train with it: it gives the gradients that torch gives; an evaluation graph, the
+same predictions and losses.
 
 The reference is the definition: one backward pass of autograd for each example, clipped on its own. In double precision the two
 agree to the last bits, with rounding and without it. Single precision is compared where nothing is rounded: rounding turns one
@@ -11,6 +12,7 @@ import contextlib
 import copy
 import functools
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +24,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcore.errors import Refused
-from fedcore.portable.form import StepForm, range_values
-from fedcore.portable.graph import kinked_layers, step_graph
+from fedcore.portable.form import EvaluationForm, GraphForm, StepForm, range_values
+from fedcore.portable.graph import evaluation_graph, kinked_layers, step_graph
 from fedcore.quantization.layers import FakeQuantize, QuantLayer, activation_ranges, float_arithmetic
 
-__all__ = ["DOUBLE", "ROUNDED_SINGLE", "SINGLE", "check_parity"]
+__all__ = ["DOUBLE", "ROUNDED_SINGLE", "SINGLE", "check_evaluation", "check_parity"]
 
 Array = npt.NDArray[Any]
 DOUBLE = 1e-9  # on a sum of gradients in double precision, relative to its largest coordinate where that is over one
@@ -63,23 +65,44 @@ def check_parity(model: nn.Module, data: bytes, form: StepForm) -> None:
             double = export(dtype=np.float64, ramp=ramp)
             _judge(model, _Step(model, *double, np.float64), first, DOUBLE)
             single = (data, form) if rounding or not rounds else export()
-            _judge_single(model, _Step(model, *single, np.float32), first, rounding=rounding)
+            judge = functools.partial(_judge_rounded if rounding else _judge, model, _Step(model, *single, np.float32))
+            _judge_single(judge, first, lambda seed: _trial(model, form, 0.0, seed))
 
 
-def _judge_single(model: nn.Module, step: _Step, trial: _Trial, *, rounding: bool) -> None:
-    judge = _judge_rounded if rounding else _judge
+def check_evaluation(model: nn.Module, data: bytes, form: EvaluationForm) -> None:
+    """Compare the evaluation graph ``data`` of ``model``, and its twin in double precision, with torch on random examples.
+
+    Raises:
+        Refused: the graph misses the gate; the line names the model and the number that differs.
+    """
+    model = copy.deepcopy(model).cpu().double().eval()
+    rounds = any(isinstance(layer, QuantLayer | FakeQuantize) for layer in model.modules())
+    export = functools.partial(evaluation_graph, model, form.input_shape, batch=form.batch)
+    for rounding in (True, False) if rounds else (False,):
+        with contextlib.nullcontext() if rounding else float_arithmetic(model):
+            first = _scored(model, form, 0)
+            _judge_scores(model, _Step(model, *export(dtype=np.float64), np.float64), first, DOUBLE)
+            single = (data, form) if rounding or not rounds else export()
+            step, allowed = _Step(model, *single, np.float32), ROUNDED_SINGLE if rounding else SINGLE
+            judge = functools.partial(_judge_scores, model, step)
+            _judge_single(judge, first, lambda seed: _scored(model, form, seed), allowed)
+
+
+def _judge_single(
+    judge: Callable[[_Trial, float], None], trial: _Trial, another: Callable[[int], _Trial], allowed: float = SINGLE
+) -> None:  # fmt: skip
     for seed in range(1, _TRIALS):
         try:
-            return judge(model, step, trial, SINGLE)
+            return judge(trial, allowed)
         except Refused:
-            trial = _trial(model, step.form, 0.0, seed)
-    return judge(model, step, trial, SINGLE)
+            trial = another(seed)
+    return judge(trial, allowed)
 
 
 class _Step:
-    """A step in ONNX Runtime on one batch, for any clipping norm."""
+    """A step or an evaluation in ONNX Runtime on one batch, for any clipping norm."""
 
-    def __init__(self, model: nn.Module, data: bytes, form: StepForm, dtype: Any) -> None:
+    def __init__(self, model: nn.Module, data: bytes, form: GraphForm, dtype: Any) -> None:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         self._session: Any = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -87,12 +110,12 @@ class _Step:
         self._given = {name: _flat(model, wanted) for name, wanted in (("parameters", True), ("frozen", False))}
         self._given["ranges"] = range_values(activation_ranges(model), form.quantizers, dtype)
 
-    def run(self, trial: _Trial, clip: float) -> tuple[Array, float, float]:
-        """Gradient [d], count and loss."""
+    def run(self, trial: _Trial, clip: float = np.inf) -> tuple[Any, float, float]:
+        """Gradient [d], count and loss; or count, correct predictions and loss."""
         given = self._given | {"x": trial.x, "y": np.eye(self.form.classes)[trial.y], "mask": trial.mask, "clip": clip}
         wanted = {name: np.asarray(given[name], self._dtype) for name in self.form.inputs()}
-        gradient, count, loss = self._session.run(None, wanted)
-        return gradient, float(count), float(loss)
+        first, second, loss = self._session.run(None, wanted)
+        return first, float(second), float(loss)
 
 
 def _trial(model: nn.Module, form: StepForm, ramp: float, seed: int) -> _Trial:
@@ -156,6 +179,35 @@ def _judge_rounded(model: nn.Module, step: _Step, trial: _Trial, _: float) -> No
     distance = np.linalg.norm(found - expected) / max(float(np.linalg.norm(expected)), 1e-6)
     if not (distance <= ROUNDED_SINGLE and count == trial.mask.sum()):
         raise _misses(model, "rounding in single precision", f"differs by {distance:.2g} of the norm", ROUNDED_SINGLE)
+
+
+def _scored(model: nn.Module, form: EvaluationForm, seed: int) -> _Trial:
+    """A trial whose ``rows`` [n, 1] are 1 where the prediction is right, which it is for half of the examples or more."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((form.batch, *form.input_shape)).astype(np.float32).astype(np.float64)
+    y, mask = rng.integers(0, form.classes, form.batch), np.ones(form.batch)
+    mask[form.batch - form.batch // 3 :] = 0
+    with torch.no_grad():
+        logits = model(torch.from_numpy(x))
+    predicted = logits.argmax(1).numpy()
+    y[::2] = predicted[::2]
+    losses = F.cross_entropy(logits, torch.from_numpy(y), reduction="none").numpy()
+    return _Trial(x, y, mask, (predicted == y)[:, None].astype(np.float64), losses)
+
+
+def _judge_scores(model: nn.Module, step: _Step, trial: _Trial, allowed: float) -> None:
+    expected, total = float(trial.mask @ trial.rows[:, 0]), float(np.dot(trial.losses, trial.mask))
+    count, correct, loss = step.run(trial)
+    slack = allowed * trial.mask.sum() if allowed == ROUNDED_SINGLE else 0.0  # rounding that goes the other way moves predictions
+    for name, found, right, limit in (
+        ("count", float(count), float(trial.mask.sum()), 0.0), ("correct predictions", correct, expected, slack),
+        ("loss", loss, total, allowed * max(1.0, total)),
+    ):  # fmt: skip
+        if not abs(found - right) <= limit:
+            raise Refused(
+                f"evaluation graph of {type(model).__name__}: {name}: {found:.9g} where torch has {right:.9g} (allowed difference "
+                f"{limit:.2g}); it is not handed out"
+            )
 
 
 def _clipped_sum(rows: Array, norms: Array, mask: Array, clip: float) -> Array:

@@ -1,4 +1,4 @@
-"""From a model of layers in a row to its training step, written layer by layer: forward, the loss, and back.
+"""From a model of layers in a row to its training step, written layer by layer: forward, the loss, and back; and to its evaluation.
 
 Nothing is traced: every operator in the graph is one that this package wrote, of the few that `form` lists, so that a device can
 check a step by reading it.
@@ -7,6 +7,7 @@ check a step by reading it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -15,7 +16,7 @@ from onnx import helper
 from torch import nn
 
 from fedcore.errors import Refused
-from fedcore.portable.form import FORM_KEY, IR_VERSION, OPSET, RANGE_VALUES, StepForm
+from fedcore.portable.form import IR_VERSION, OPSET, RANGE_VALUES, EvaluationForm, GraphForm, StepForm
 from fedcore.portable.links import (
     Average,
     Flatten,
@@ -37,7 +38,7 @@ from fedcore.portable.parts import Part
 from fedcore.portable.weighted import Dense, convolution
 from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLayer, QuantLinear, quantizers
 
-__all__ = ["kinked_layers", "step_form", "step_graph"]
+__all__ = ["evaluation_graph", "kinked_layers", "step_form", "step_graph"]
 
 _KNOWN = (
     "Linear, Conv1d, Conv2d and their quantized forms, ReLU, ReLU6, Tanh, Sigmoid, MaxPool, AvgPool, AdaptiveAvgPool, GroupNorm, "
@@ -50,10 +51,14 @@ _POINTWISE: dict[type[nn.Module], Any] = {nn.ReLU: Relu, nn.ReLU6: Relu6, nn.Tan
 
 def step_form(model: nn.Module, input_shape: tuple[int, ...], classes: int, batch: int, *, clips: bool) -> StepForm:
     """The sizes of the step of a model, from its parameters and its quantizers that are frozen and enabled."""
+    return StepForm(*_sizes(model), input_shape, classes, batch, clips)
+
+
+def _sizes(model: nn.Module) -> tuple[int, int, tuple[str, ...]]:
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     frozen = [p.numel() for p in model.parameters() if not p.requires_grad]
     rounding = tuple(name for name, q in quantizers(model) if q.frozen is not None and q.enabled)
-    return StepForm(sum(trained), sum(frozen), rounding, input_shape, classes, batch, clips)
+    return sum(trained), sum(frozen), rounding
 
 
 def step_graph(
@@ -68,17 +73,39 @@ def step_graph(
         Refused: a layer that is not known, or layers that do not fit together; the line names it.
     """
     form = step_form(model, input_shape, 1, batch, clips=clips)
+    nodes, inputs, links = _read_model(model, form, dtype, ramp)
+    form = replace(form, classes=links[-1].frame.channels)
+    targets = [name for name, p in model.named_parameters() if p.requires_grad]
+    outputs = _accumulate(nodes, links, inputs, targets, clips=clips)
+    return _file(nodes, form, outputs, "accumulate"), form
+
+
+def evaluation_graph(
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, dtype: Any = np.float32
+) -> tuple[bytes, EvaluationForm]:  # fmt: skip
+    """The evaluation of ``model`` for ``batch`` inputs of ``input_shape``, as `step_graph` gives its training step.
+
+    Raises:
+        Refused: as `step_graph`.
+    """
+    form = EvaluationForm(*_sizes(model), input_shape, 1, batch)
+    nodes, inputs, links = _read_model(model, form, dtype, 0.0)
+    form = replace(form, classes=links[-1].frame.channels)
+    return _file(nodes, form, _evaluate(nodes, links, inputs), "evaluate"), form
+
+
+def _read_model(
+    model: nn.Module, form: GraphForm, dtype: Any, ramp: float
+) -> tuple[Nodes, dict[str, Value], list[Link]]:  # fmt: skip
+    """An empty graph, its inputs, and the model's layers; how many classes there are, the last layer says."""
     if not form.parameters:
-        raise Refused("training step: the model has no trainable parameters")
+        raise Refused(f"{form.WHAT}: the model has no trainable parameters")
     nodes = Nodes(dtype)
     inputs = {name: Value(name, shape) for name, shape in form.inputs().items()}
     parameters = _parameters(nodes, model, inputs)
-    links = _links(model, input_shape, parameters, _grids(nodes, inputs, form.quantizers), ramp)
-    classes = links[-1].frame.channels
-    form = step_form(model, input_shape, classes, batch, clips=clips)
-    inputs["y"] = Value("y", (batch, classes))
-    outputs = _accumulate(nodes, links, inputs, [n for n, p in model.named_parameters() if p.requires_grad], clips=clips)
-    return _file(nodes, form, outputs), form
+    links = _links(model, form.input_shape, parameters, _grids(nodes, inputs, form.quantizers), ramp)
+    inputs["y"] = Value("y", (form.batch, links[-1].frame.channels))
+    return nodes, inputs, links
 
 
 def _parameters(nodes: Nodes, model: nn.Module, inputs: dict[str, Value]) -> Parameters:
@@ -203,12 +230,8 @@ def _accumulate(
 ) -> dict[str, Value]:  # fmt: skip
     """The step itself; see `form`."""
     mask = nodes.reshape(inputs["mask"], inputs["mask"].size, 1)
-    value = _entering(nodes, inputs["x"], links[0])
-    for link in links:
-        value = link.forward(nodes, value)
-    logarithms = nodes.unary("LogSoftmax", value, axis=1)
-    losses = nodes.binary("Mul", nodes.binary("Mul", logarithms, inputs["y"]), mask)
-    loss = nodes.unary("Neg", nodes.reshape(nodes.reduce("ReduceSum", losses, 0, 1)))
+    logarithms = nodes.unary("LogSoftmax", _logits(nodes, links, inputs), axis=1)
+    loss = _loss(nodes, logarithms, inputs["y"], mask)
     errors = nodes.binary("Sub", nodes.unary("Exp", logarithms), inputs["y"])
     if not clips:
         errors = nodes.binary("Mul", errors, mask)
@@ -222,6 +245,38 @@ def _accumulate(
     found = {part.target: part.total(nodes, factors) for part in parts}
     gradient = nodes.concat([nodes.reshape(found[name], found[name].size) for name in targets], 0)
     return {"gradient": gradient, "count": nodes.reshape(nodes.reduce("ReduceSum", mask, 0, 1)), "loss": loss}
+
+
+def _evaluate(nodes: Nodes, links: list[Link], inputs: dict[str, Value]) -> dict[str, Value]:
+    """The evaluation itself; see `form`."""
+    mask = nodes.reshape(inputs["mask"], inputs["mask"].size, 1)
+    logits = _logits(nodes, links, inputs)
+    loss = _loss(nodes, nodes.unary("LogSoftmax", logits, axis=1), inputs["y"], mask)
+    # Of equal logits the first is the prediction, as torch has it: the largest of the marks that the largest logits bear.
+    largest = _truth(nodes, logits, nodes.reduce("ReduceMax", logits, 1))
+    marks = nodes.binary("Mul", largest, nodes.constant(np.arange(logits.shape[1], 0, -1)[None]))
+    predicted = nodes.binary("Mul", _truth(nodes, marks, nodes.reduce("ReduceMax", marks, 1)), largest)
+    right = nodes.binary("Mul", nodes.binary("Mul", predicted, inputs["y"]), mask)
+    correct = nodes.reshape(nodes.reduce("ReduceSum", right, 0, 1))
+    return {"count": nodes.reshape(nodes.reduce("ReduceSum", mask, 0, 1)), "correct": correct, "loss": loss}
+
+
+def _truth(nodes: Nodes, a: Value, b: Value) -> Value:
+    """1 where the two are equal, else 0."""
+    return nodes.unary("Cast", nodes.binary("Equal", a, b), to=nodes.kind)
+
+
+def _logits(nodes: Nodes, links: list[Link], inputs: dict[str, Value]) -> Value:
+    value = _entering(nodes, inputs["x"], links[0])
+    for link in links:
+        value = link.forward(nodes, value)
+    return value
+
+
+def _loss(nodes: Nodes, logarithms: Value, y: Value, mask: Value) -> Value:
+    """Cross-entropy summed over the examples that count."""
+    losses = nodes.binary("Mul", nodes.binary("Mul", logarithms, y), mask)
+    return nodes.unary("Neg", nodes.reshape(nodes.reduce("ReduceSum", losses, 0, 1)))
 
 
 def _factors(nodes: Nodes, parts: list[Part], mask: Value, clip: Value) -> Value:
@@ -239,17 +294,17 @@ def _entering(nodes: Nodes, x: Value, first: Link) -> Value:
     return nodes.transpose(nodes.reshape(x, batch, channels, prod(extent)), 0, 2, 1)
 
 
-def _file(nodes: Nodes, form: StepForm, outputs: dict[str, Value]) -> bytes:
-    for name, value in outputs.items():
+def _file(nodes: Nodes, form: GraphForm, outputs: dict[str, Value], name: str) -> bytes:
+    for output, value in outputs.items():
         last = next(node for node in nodes.nodes if value.name in node.output)
-        last.output[list(last.output).index(value.name)] = name
+        last.output[list(last.output).index(value.name)] = output
         for node in nodes.nodes:
-            node.input[:] = [name if given == value.name else given for given in node.input]
+            node.input[:] = [output if given == value.name else given for given in node.input]
     infos = [
-        [helper.make_tensor_value_info(name, nodes.kind, shape) for name, shape in side.items()]
+        [helper.make_tensor_value_info(given, nodes.kind, shape) for given, shape in side.items()]
         for side in (form.inputs(), form.outputs())
     ]
-    body = helper.make_graph(nodes.nodes, "accumulate", infos[0], infos[1], list(nodes.constants.values()))
+    body = helper.make_graph(nodes.nodes, name, infos[0], infos[1], list(nodes.constants.values()))
     proto = helper.make_model(body, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="fedcore")
-    helper.set_model_props(proto, {FORM_KEY: form.to_json()})
+    helper.set_model_props(proto, {form.KEY: form.to_json()})
     return bytes(proto.SerializeToString(deterministic=True))

@@ -1,31 +1,35 @@
-"""The training step that devices are given: exported, judged once, and known by its content from then on."""
+"""The graphs that devices train and evaluate with: exported, judged once, and known by their content from then on."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import onnxruntime
 from torch import nn
 
 from fedcore.errors import Refused, TryAgain
-from fedcore.portable.form import SIZE_LIMIT, StepForm
-from fedcore.portable.gate import check_parity
-from fedcore.portable.graph import step_graph
+from fedcore.portable.form import SIZE_LIMIT, EvaluationForm, GraphForm, StepForm
+from fedcore.portable.gate import check_evaluation, check_parity
+from fedcore.portable.graph import evaluation_graph, step_graph
 
-__all__ = ["PortableStep", "portable_step"]
+__all__ = ["PortableStep", "portable_evaluation", "portable_step"]
+
+Form = TypeVar("Form", bound=GraphForm)
 
 
 @dataclass(frozen=True)
-class PortableStep:
-    """The bytes of an ONNX file, and what they say of themselves."""
+class PortableStep(Generic[Form]):
+    """The bytes of an ONNX file, and what they say of themselves: a `StepForm`, or an `EvaluationForm`."""
 
     data: bytes
-    form: StepForm
+    form: Form
 
     @cached_property
     def sha256(self) -> str:
@@ -35,7 +39,7 @@ class PortableStep:
 
 def portable_step(
     model: nn.Module, input_shape: tuple[int, ...], *, batch: int, unit: str, cache: Path | None = None
-) -> PortableStep:  # fmt: skip
+) -> PortableStep[StepForm]:  # fmt: skip
     """The step of ``model``, whose trainable parameters are those that require gradients, for ``batch`` examples in one call.
 
     ``unit``: what privacy protects. With "example" the step clips every example's gradient; with "client" or "" it does not.
@@ -51,12 +55,31 @@ def portable_step(
     if batch < 1:
         raise Refused(f"training step: batch must be >= 1, got {batch}")
     step = PortableStep(*step_graph(model, input_shape, batch=batch, clips=unit == "example"))
+    return _judged(step, partial(check_parity, model, step.data, step.form), cache)
+
+
+def portable_evaluation(
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, cache: Path | None = None
+) -> PortableStep[EvaluationForm]:  # fmt: skip
+    """The evaluation graph of ``model`` for ``batch`` examples in one call, as `portable_step` gives its step.
+
+    Raises:
+        Refused: as `portable_step`; the gate is `gate.check_evaluation`.
+        TryAgain: the cache cannot be written.
+    """
+    if batch < 1:
+        raise Refused(f"evaluation graph: batch must be >= 1, got {batch}")
+    step = PortableStep(*evaluation_graph(model, input_shape, batch=batch))
+    return _judged(step, partial(check_evaluation, model, step.data, step.form), cache)
+
+
+def _judged(step: PortableStep[Form], judge: Callable[[], None], cache: Path | None) -> PortableStep[Form]:
     if len(step.data) > SIZE_LIMIT:
-        raise Refused(f"training step: it has {len(step.data)} bytes, more than the {SIZE_LIMIT} that devices accept")
+        raise Refused(f"{step.form.WHAT}: it has {len(step.data)} bytes, more than the {SIZE_LIMIT} that devices accept")
     # Another runtime may compute otherwise, and has to pass the gate on its own.
     place = cache / f"onnxruntime-{onnxruntime.__version__}" / f"{step.sha256}.onnx" if cache else None
     if place is None or not _holds(place, step.sha256):
-        check_parity(model, step.data, step.form)
+        judge()
         if place:
             _keep(place, step.data)
     return step

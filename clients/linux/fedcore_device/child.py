@@ -1,4 +1,4 @@
-"""The process that trains: ``python -m fedcore_device.child DIRECTORY``, confined before it reads anything that was received.
+"""The process that works: ``python -m fedcore_device.child DIRECTORY``, confined before it reads anything that was received.
 
 In the directory: ``job.json`` (`write_job`), and afterwards ``upload.bin`` or ``vector.npy``, and ``result.json``. The exit code
 says what became of it: `DONE`, `PAUSED` (the checkpoint is there), `REFUSED` or `FAILED` (result.json says why). It is told neither
@@ -31,7 +31,7 @@ def write_job(directory: Path, job: Mapping[str, Any]) -> None:
     """Write what a child is to do; bytes among the plan's settings are marked.
 
     Keys: ``examples``, ``model``, ``step``, ``frozen`` (paths), ``step_sha256``, ``settings``, ``encoding``, ``values``,
-    ``randomness``, ``memory``, ``seconds``.
+    ``randomness``, ``memory``, ``seconds``; and ``evaluates``: the step is an evaluation graph.
     """
     write_durably(directory / "job.json", json.dumps(job, default=lambda value: {"hex": bytes(value).hex()}).encode())
 
@@ -50,7 +50,8 @@ def _main() -> int:
     told: dict[str, Any] = {}
     code = DONE
     try:
-        told = _work(directory, read_job(directory))
+        job = read_job(directory)
+        told = _evaluate(directory, job) if job["evaluates"] else _work(directory, job)
     except Refused as error:
         code, told = REFUSED, {"reason": str(error)}
     except TryAgain as error:
@@ -102,15 +103,54 @@ def _work(directory: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _task(job: Mapping[str, Any]) -> Any:
-    import numpy as np
+def _evaluate(directory: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Score the held-out examples, and leave what is sent; what is told about it."""
+    from fedcore_device.examples import load_held_out
 
-    from fedcore.quantization.wire import ActivationRange, decode_model
+    os.nice(10)
+    x, y = load_held_out(job["examples"])  # the owner's own code, before the doors are closed
+    confine(memory=job["memory"], seconds=job["seconds"])
+    from fedcore.gateway.sums import encode_score
+    from fedcore.secagg.sums import ScoreSum, sum_from_table
+    from fedcore_device.evaluation import score_examples
+    from fedcore_device.step import read_evaluation
+
+    masked, summation = job["encoding"] == "masked", sum_from_table(job["settings"])
+    if not (isinstance(summation, ScoreSum) if masked else summation is None):
+        raise Refused("the plan asks for an evaluation, and for another sum than one of scores")
+    values, frozen, ranges = _received(job)
+    began = time.monotonic()
+    step = read_evaluation(Path(job["step"]).read_bytes(), job["step_sha256"])
+    scored = score_examples(step, values, x, y, frozen=frozen, ranges=ranges)
+    if isinstance(summation, ScoreSum):  # who has nothing to say adds zeros
+        _leave(directory, job, summation.contribution(scored.examples, scored.correct, scored.loss))
+    elif not scored.examples:
+        raise ClientFailure("this device holds out no examples to evaluate on")
+    elif not math.isfinite(scored.loss):
+        raise ClientFailure("evaluation failed: the loss is not finite")
+    else:
+        write_durably(directory / "upload.bin", encode_score(scored.examples, scored.correct, scored.loss))
+    return {
+        "seconds": time.monotonic() - began, "examples": scored.examples, "loss": scored.loss / max(1, scored.examples),
+        "released": masked,
+    }  # fmt: skip
+
+
+def _task(job: Mapping[str, Any]) -> Any:
     from fedcore_device.step import read_step
     from fedcore_device.trainer import Task
 
+    values, frozen, ranges = _received(job)
+    return Task(read_step(Path(job["step"]).read_bytes(), job["step_sha256"]), values, _plan(job["settings"]), frozen, ranges)
+
+
+def _received(job: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """The trainable parameters [d], the frozen ones [f] or None, and the activations' ranges."""
+    import numpy as np
+
+    from fedcore.quantization.wire import ActivationRange, decode_model
+
     settings = job["settings"]
-    step = read_step(Path(job["step"]).read_bytes(), job["step_sha256"])
 
     def flat(path: str) -> Any:
         tensors = decode_model(Path(path).read_bytes()).tensors
@@ -118,7 +158,7 @@ def _task(job: Mapping[str, Any]) -> Any:
 
     columns = (settings["activation-names"], settings["activation-scales"], settings["activation-zero-points"])
     ranges = {str(name): ActivationRange(float(scale), int(zero)) for name, scale, zero in zip(*columns, strict=True)}
-    return Task(step, flat(job["model"]), _plan(settings), flat(job["frozen"]) if job["frozen"] else None, ranges)
+    return flat(job["model"]), flat(job["frozen"]) if job["frozen"] else None, ranges
 
 
 def _plan(settings: Mapping[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +35,13 @@ class Masking:
         self._key, self._visit = key, visit
 
     def _participant(self, own_noise: float = 0.0) -> Participant:
-        """``own_noise``: multiplier of the noise that the device adds by itself; where it suffices, none is asked of the sum."""
+        """``own_noise``: multiplier of the noise that the device adds by itself; where it suffices, none is asked of the sum. None
+        is asked of a sum of scores where the policy lets the device evaluate."""
         policy = self._policy
         asked = 0.0 if own_noise >= policy.noise_multiplier else policy.noise_multiplier
         floor = SecurePolicy(policy.minimum_devices, policy.corrupt_devices, asked)
-        return Participant(self._enrolled.key, self._enrolled.enrolment.certificate, self._trust, Demands(floor, floor))
+        scores = replace(floor, noise_multiplier=0.0 if policy.evaluation else policy.noise_multiplier)
+        return Participant(self._enrolled.key, self._enrolled.enrolment.certificate, self._trust, Demands(floor, scores))
 
     def check_in(self) -> bytes:
         """The round key that the gateway is shown."""

@@ -29,7 +29,9 @@ class PlanPolicy:
     """The least that is demanded of a plan, and how often the device takes part.
 
     ``noise_multiplier``: of the device's own DP-SGD, or of the noise that clients under secure aggregation add together; noise
-    that a coordinator promises to add does not count. ``minimum_devices``: contributions without which a round's result is thrown
+    that a coordinator promises to add does not count. ``evaluation``: the device tells how well a model does on its held-out
+    examples, where nothing but a sum of several devices' scores is seen, which has no noise; in the clear only where neither secure
+    aggregation nor noise is demanded. ``minimum_devices``: contributions without which a round's result is thrown
     away; ``corrupt_devices``: those of them that may be in league with the coordinator. ``participations`` are those in one task.
     """
 
@@ -38,6 +40,7 @@ class PlanPolicy:
     minimum_devices: int = 100
     corrupt_devices: int = 33
     participations: int = 100
+    evaluation: bool = False
 
     def check(self, plan: pb.Plan, settings: Mapping[str, Any], before: Participation, now: int) -> None:
         """Refuse a plan that is weaker; ``now`` in Unix milliseconds. Its signature, task and round are checked elsewhere.
@@ -54,7 +57,9 @@ class PlanPolicy:
             raise Refused(
                 f"the plan is content with {plan.minimum_uploads} devices; [plan] minimum_devices = {self.minimum_devices}"
             )
-        own = float(settings.get("example-noise-multiplier", 0.0))
+        if plan.kind == pb.EVALUATE and not self.evaluation:
+            raise Refused("the plan asks for an evaluation; [plan] evaluation = true lets the device take part in one")
+        own = float(settings.get("example-noise-multiplier", 0.0)) if plan.kind == pb.TRAIN else 0.0  # a score has no noise
         if not masked and not own >= self.noise_multiplier:
             raise Refused(
                 f"the plan's noise multiplier on the device is {own:g}; [plan] noise_multiplier = {self.noise_multiplier:g}"

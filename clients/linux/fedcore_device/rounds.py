@@ -26,7 +26,11 @@ __all__ = ["CAPABILITIES", "Draw", "RoundWork", "draw_from_system"]
 
 CAPABILITIES = ("accumulate-1", "float32-update", "int8-update")
 Draw = Callable[[pb.Plan], Mapping[str, Any]]
-_ENCODINGS = {pb.MEAN: ("float32", "int8", "contribution"), pb.EACH: ("float32", "int8"), pb.MASKED: ("masked",)}
+_ENCODINGS = {
+    pb.TRAIN: {pb.MEAN: ("float32", "int8", "contribution"), pb.EACH: ("float32", "int8"), pb.MASKED: ("masked",)},
+    pb.EVALUATE: {pb.MEAN: ("score",), pb.EACH: ("score",), pb.MASKED: ("masked",)},
+}
+_GRAPHS = {pb.TRAIN: "step", pb.EVALUATE: "evaluation"}  # blobs that hold what is run
 _OVER = {pb.LATE, pb.NO_SUCH_ROUND, pb.OTHER_UPLOAD, pb.NO_SUCH_BLOB}
 _ASKING = 20.0  # seconds between two reports that the device is still at it
 _LOOKING = 5.0  # seconds between two looks at the conditions while it trains
@@ -77,9 +81,9 @@ class RoundWork:
         before = self._state.participation(plan.task)
         self._requests.check_plan(assignment, before.last_round)
         self._policy.plan.check(plan, to_table(plan), before, max(plan.issued_ms, self._requests.floor))
-        if plan.kind != pb.TRAIN:
-            raise Refused("the plan asks for something else than training, which this device does not do")
-        if plan.upload_encoding not in _ENCODINGS.get(plan.aggregation, ()):
+        if plan.kind not in _ENCODINGS:
+            raise Refused("the plan asks for something else than training or an evaluation, which this device does not do")
+        if plan.upload_encoding not in _ENCODINGS[plan.kind].get(plan.aggregation, ()):
             raise Refused(f"the plan asks for an upload in {plan.upload_encoding!r} where it is to be aggregated otherwise")
         if unknown := set(plan.capabilities) - set(self.capabilities):
             raise Refused(f"the plan needs {', '.join(sorted(unknown))}, which this device cannot do")
@@ -94,7 +98,8 @@ class RoundWork:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the device says that it can do."""
-        return (*CAPABILITIES, *(("secagg-1",) if self._trust.committee else ()))
+        evaluates = ("evaluate-1",) if self._policy.plan.evaluation else ()
+        return (*CAPABILITIES, *evaluates, *(("secagg-1",) if self._trust.committee else ()))
 
     def go_on(self, work: Work) -> None:
         """Do what is left of a round, and forget it at its end.
@@ -153,12 +158,13 @@ class RoundWork:
         began, settings = time.monotonic(), to_table(plan)
         blobs = {blob.name: blob for blob in plan.blobs}
         self._state.keep_blobs({blob.digest.hex() for blob in plan.blobs})
-        early = "early-" if "early-step" in blobs and not settings.get("activation-names") else ""
-        names = [f"{early}step-signature", f"{early}step", "model", *(["frozen"] if "frozen" in blobs else [])]
+        graph = _GRAPHS[plan.kind]
+        graph = f"early-{graph}" if f"early-{graph}" in blobs and not settings.get("activation-names") else graph
+        names = [f"{graph}-signature", graph, "model", *(["frozen"] if "frozen" in blobs else [])]
         if missing := [name for name in names if name not in blobs]:
             raise Refused(f"training step: the plan names no {missing[0]}")
         found = {name: self._fetch(work.token, blobs[name]) for name in names}
-        step = found[f"{early}step"]
+        step = found[graph]
         check_step_signature(step, found[names[0]][:SIGNATURE], self._trust.publisher_keys)
         accepted = None
         if plan.aggregation == pb.MASKED:
@@ -170,7 +176,7 @@ class RoundWork:
             "step": str(where.blob(blobs[names[1]].digest)), "step_sha256": hashlib.sha256(step).hexdigest(),
             "frozen": str(where.blob(blobs["frozen"].digest)) if "frozen" in blobs else "", "settings": settings,
             "encoding": plan.upload_encoding, "values": plan.values, "memory": _address_space(limits.memory),
-            "seconds": limits.seconds,
+            "seconds": limits.seconds, "evaluates": plan.kind == pb.EVALUATE,
             "randomness": {name: value for name, value in work.randomness.items() if name != "visit"},
         })  # fmt: skip
         told = self._watched(work, plan)
@@ -271,12 +277,13 @@ class RoundWork:
 
 
 _NOT_NEEDED = "not needed any more: "
+_ABOUT_THE_PLAN = ("training step", "evaluation graph", "training plan", "the plan", "blob ")
 
 
 def _sayable(error: Exception) -> str:
     """What the coordinator is told of a problem: of the plan and the step, never of the examples or this device's files."""
     text = str(error)
-    return text if text.startswith(("training step", "training plan", "the plan", "blob ")) else "the device's own log says why"
+    return text if text.startswith(_ABOUT_THE_PLAN) else "the device's own log says why"
 
 
 def _address_space(memory: int) -> int:

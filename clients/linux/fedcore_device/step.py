@@ -1,8 +1,9 @@
-"""A received training step: what must hold of the file before it runs, and of every answer that it gives.
+"""A received training step or evaluation graph: what must hold of the file before it runs, and of every answer that it gives.
 
 The file is read before ONNX Runtime sees it. That it computes what its author says cannot be read from it: a graph of the same
 shape that returned raw examples would run just as well. Who may publish a step is decided by signatures, outside this module;
-here every answer is held against the clipping norm, which bounds what any graph can carry out of a step.
+here every answer is held against the clipping norm, which bounds what any graph can carry out of a step; an evaluation gives no
+more than three numbers.
 """
 
 from __future__ import annotations
@@ -11,51 +12,66 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedcore.errors import ClientFailure, Refused
-from fedcore.portable.form import FORM_KEY, IR_VERSION, OPERATORS, OPSET, SIZE_LIMIT, StepForm, range_values
+from fedcore.portable.form import IR_VERSION, OPERATORS, OPSET, SIZE_LIMIT, EvaluationForm, GraphForm, StepForm, range_values
 from fedcore.quantization.wire import ActivationRange
 from fedcore_device.onnx_file import FLOAT, StepFile, read_step_file
 
-__all__ = ["Accumulate", "Step", "read_step"]
+__all__ = ["Accumulate", "Evaluation", "Step", "read_evaluation", "read_step"]
 
 Floats = npt.NDArray[np.float32]
+Form = TypeVar("Form", bound=GraphForm)
 _SLACK = 1e-4  # relative rounding error that single precision is allowed in the norm of a sum
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(Generic[Form]):
     """A file that may be run: its bytes, their SHA-256 in hexadecimal digits, and the sizes of its inputs."""
 
     data: bytes
     sha256: str
-    form: StepForm
+    form: Form
 
 
-def read_step(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step:
-    """Check a received file; ``sha256`` is the name that the plan gives it, ``limit`` the most bytes.
+def read_step(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step[StepForm]:
+    """Check a received training step; ``sha256`` is the name that the plan gives it, ``limit`` the most bytes.
 
     Raises:
         Refused: too large, another hash, or anything in it that `fedcore.portable.form` does not describe.
     """
+    return _read(data, sha256, limit, StepForm)
+
+
+def read_evaluation(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step[EvaluationForm]:
+    """Check a received evaluation graph, as `read_step` checks a step.
+
+    Raises:
+        Refused: as `read_step`.
+    """
+    return _read(data, sha256, limit, EvaluationForm)
+
+
+def _read(data: bytes, sha256: str, limit: int, kind: type[Form]) -> Step[Form]:
+    what = kind.WHAT
     if len(data) > limit:
-        raise Refused(f"training step: it has {len(data)} bytes, more than {limit}")
+        raise Refused(f"{what}: it has {len(data)} bytes, more than {limit}")
     found = hashlib.sha256(data).hexdigest()
     if sha256 and found != sha256:
-        raise Refused(f"training step: its SHA-256 is {found}, the plan names {sha256}")
+        raise Refused(f"{what}: its SHA-256 is {found}, the plan names {sha256}")
     file = read_step_file(data)
     if file.ir_version != IR_VERSION or file.opsets != (("", OPSET),):
-        raise Refused(f"training step: it must have IR version {IR_VERSION} and opset {OPSET} of the standard domain alone")
-    if set(file.properties) != {FORM_KEY}:
-        raise Refused(f"training step: it must have the property {FORM_KEY} and no other")
-    form = StepForm.from_json(file.properties[FORM_KEY])
+        raise Refused(f"{what}: it must have IR version {IR_VERSION} and opset {OPSET} of the standard domain alone")
+    if set(file.properties) != {kind.KEY}:
+        raise Refused(f"{what}: it must have the property {kind.KEY} and no other")
+    form = kind.from_json(file.properties[kind.KEY])
     for side, stated, given in (("inputs", form.inputs(), file.inputs), ("outputs", form.outputs(), file.outputs)):
         if list(given.items()) != [(name, (FLOAT, shape)) for name, shape in stated.items()]:
-            raise Refused(f"training step: its {side} are not those that its form states")
+            raise Refused(f"{what}: its {side} are not those that its form states")
     _check_nodes(file)
     return Step(data, found, form)
 
@@ -77,27 +93,62 @@ def _check_nodes(file: StepFile) -> None:
         raise Refused("training step: nothing writes its outputs")
 
 
-class Accumulate:
-    """A step in ONNX Runtime, for one round's frozen parameters [f] and activation ranges.
+class _Session(Generic[Form]):
+    """A graph in ONNX Runtime, for one round's frozen parameters [f] and activation ranges.
 
     Raises:
         Refused: ONNX Runtime cannot run the file, or what it needs is not given.
     """
 
     def __init__(
-        self, step: Step, *, frozen: Floats | None = None, ranges: Mapping[str, ActivationRange] | None = None, threads: int = 1
-    ) -> None:  # fmt: skip
+        self, step: Step[Form], *, frozen: Floats | None, ranges: Mapping[str, ActivationRange] | None, threads: int
+    ) -> None:
         self.step, form = step, step.form
+        self.name = f"{form.WHAT} {step.sha256[:16]}"
         self._session = _session(step, threads)
-        self._given: dict[str, npt.NDArray[Any]] = {name: np.zeros(form.inputs()[name], np.float32) for name in ("x", "y", "mask")}
+        self.given: dict[str, npt.NDArray[Any]] = {name: np.zeros(form.inputs()[name], np.float32) for name in ("x", "y", "mask")}
         if form.frozen:
             if frozen is None or frozen.shape != (form.frozen,) or not np.isfinite(frozen).all():
-                raise Refused(f"training step: it needs {form.frozen} finite frozen parameters")
-            self._given["frozen"] = np.ascontiguousarray(frozen, np.float32)
+                raise Refused(f"{form.WHAT}: it needs {form.frozen} finite frozen parameters")
+            self.given["frozen"] = np.ascontiguousarray(frozen, np.float32)
         if form.quantizers:
-            self._given["ranges"] = range_values(ranges or {}, form.quantizers)
+            self.given["ranges"] = range_values(ranges or {}, form.quantizers)
         self._names = list(form.outputs())
-        self._squares = np.empty(form.parameters, np.float32)
+
+    def answer(self, parameters: Floats, x: Floats, labels: Any, rows: Any) -> tuple[Floats, float, float]:
+        """The three outputs for the examples ``rows`` of x and labels, of which there are no more than the graph's batch."""
+        given, used = self.given, len(rows)
+        given["parameters"] = parameters
+        np.take(x, rows, axis=0, out=given["x"][:used], mode="clip")
+        given["x"][used:] = 0
+        given["y"][:] = 0
+        given["y"][np.arange(used), labels[rows]] = 1
+        given["mask"][:used], given["mask"][used:] = 1, 0
+        try:
+            answer = self._session.run(self._names, given)
+        except Exception as error:  # ONNX Runtime has a tree of errors of its own
+            raise Refused(f"{self.name}: ONNX Runtime cannot run it ({type(error).__name__})") from error
+        shapes = self.step.form.outputs()
+        for name, value in zip(self._names, answer, strict=True):
+            if value.shape != shapes[name] or value.dtype != np.float32:
+                raise Refused(f"{self.name}: output {name} is {value.dtype} {list(value.shape)}, not as its form states")
+        return answer[0], float(answer[1]), float(answer[2])
+
+
+class Accumulate:
+    """A training step, for one round's frozen parameters [f] and activation ranges.
+
+    Raises:
+        Refused: ONNX Runtime cannot run the file, or what it needs is not given.
+    """
+
+    def __init__(
+        self, step: Step[StepForm], *, frozen: Floats | None = None, ranges: Mapping[str, ActivationRange] | None = None,
+        threads: int = 1,
+    ) -> None:  # fmt: skip
+        self.step = step
+        self._session = _Session(step, frozen=frozen, ranges=ranges, threads=threads)
+        self._squares = np.empty(step.form.parameters, np.float32)
 
     def __call__(
         self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], clip: float = math.inf
@@ -128,11 +179,7 @@ class Accumulate:
         zeros = np.zeros((1, *self.step.form.input_shape), np.float32)
         gradient, _, _ = self._run(parameters, zeros, np.zeros(1, np.int64), np.zeros(batch, np.int64), clip)
         if gradient is None:
-            raise Refused(f"{self._name}: for inputs of zeros its answer is not finite")
-
-    @property
-    def _name(self) -> str:
-        return f"training step {self.step.sha256[:16]}"
+            raise Refused(f"{self._session.name}: for inputs of zeros its answer is not finite")
 
     def _piece(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats, float]:
         gradient, _, loss = self._run(parameters, x, labels, rows, clip)
@@ -147,38 +194,54 @@ class Accumulate:
 
     def _run(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats | None, float, float]:
         """Gradient, count and loss; no gradient where it is not finite."""
-        given, used = self._given, len(rows)
-        given["parameters"], given["clip"] = parameters, np.asarray(clip, np.float32)
-        np.take(x, rows, axis=0, out=given["x"][:used], mode="clip")
-        given["x"][used:] = 0
-        given["y"][:] = 0
-        given["y"][np.arange(used), labels[rows]] = 1
-        given["mask"][:used], given["mask"][used:] = 1, 0
-        gradient, count, loss = self._answer()
+        used = len(rows)
+        self._session.given["clip"] = np.asarray(clip, np.float32)
+        gradient, count, loss = self._session.answer(parameters, x, labels, rows)
         with np.errstate(over="ignore"):
             # Not a product of BLAS, whose threads wait for each other wherever other work is running.
             norm = math.sqrt(float(np.square(gradient, out=self._squares).sum()))
         if count != used:
-            raise Refused(f"{self._name}: it counts {count:g} examples where there are {used}")
+            raise Refused(f"{self._session.name}: it counts {count:g} examples where there are {used}")
         if not math.isfinite(norm):
             return None, count, loss
         if norm > used * clip * (1 + _SLACK):
-            raise Refused(f"{self._name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}")
+            raise Refused(f"{self._session.name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}")
         return gradient, count, loss
 
-    def _answer(self) -> tuple[Floats, float, float]:
-        try:
-            answer = self._session.run(self._names, self._given)
-        except Exception as error:  # ONNX Runtime has a tree of errors of its own
-            raise Refused(f"{self._name}: ONNX Runtime cannot run it ({type(error).__name__})") from error
-        shapes = self.step.form.outputs()
-        for name, value in zip(self._names, answer, strict=True):
-            if value.shape != shapes[name] or value.dtype != np.float32:
-                raise Refused(f"{self._name}: output {name} is {value.dtype} {list(value.shape)}, not as its form states")
-        return answer[0], float(answer[1]), float(answer[2])
+
+class Evaluation:
+    """An evaluation graph, for one round's frozen parameters [f] and activation ranges.
+
+    Raises:
+        Refused: as `Accumulate`.
+    """
+
+    def __init__(
+        self, step: Step[EvaluationForm], *, frozen: Floats | None = None, ranges: Mapping[str, ActivationRange] | None = None,
+        threads: int = 1,
+    ) -> None:  # fmt: skip
+        self._session = _Session(step, frozen=frozen, ranges=ranges, threads=threads)
+
+    def __call__(self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64]) -> tuple[int, float]:
+        """Correct predictions among x [n, ...] with labels [n], and the sum of their losses, which need not be finite.
+
+        Raises:
+            Refused: the graph's answer cannot be one of a graph that does what its form says.
+        """
+        batch, right, total = self._session.step.form.batch, 0, 0.0
+        for first in range(0, len(labels), batch):
+            rows = np.arange(first, min(first + batch, len(labels)))
+            count, correct, loss = self._session.answer(parameters, x, labels, rows)
+            if float(count) != len(rows) or correct not in range(len(rows) + 1) or loss < -_SLACK:
+                raise Refused(
+                    f"{self._session.name}: it says that {correct:g} of {float(count):g} examples are predicted correctly, with a "
+                    f"loss of {loss:g}, where there are {len(rows)}"
+                )
+            right, total = right + int(correct), total + loss
+        return right, total
 
 
-def _session(step: Step, threads: int) -> Any:
+def _session(step: Step[Any], threads: int) -> Any:
     import onnxruntime  # an agent at rest does without it
 
     options = onnxruntime.SessionOptions()
@@ -187,4 +250,4 @@ def _session(step: Step, threads: int) -> Any:
     try:
         return onnxruntime.InferenceSession(step.data, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime has a tree of errors of its own
-        raise Refused(f"training step {step.sha256[:16]}: ONNX Runtime cannot load it ({type(error).__name__})") from error
+        raise Refused(f"{step.form.WHAT} {step.sha256[:16]}: ONNX Runtime cannot load it ({type(error).__name__})") from error

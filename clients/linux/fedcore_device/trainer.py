@@ -18,13 +18,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcore.errors import Refused, TryAgain
+from fedcore.portable.form import GraphForm, StepForm
 from fedcore.quantization.wire import ActivationRange
 from fedcore_device.checkpoint import Progress, load_progress, restored_generator, save_progress, state_of
 from fedcore_device.noise import GaussianNoise, Randomness
 from fedcore_device.plan import TrainingPlan, batches, number_of_steps
 from fedcore_device.step import Accumulate, Step
 
-__all__ = ["Paused", "Resume", "Task", "Trained", "train"]
+__all__ = ["Paused", "Resume", "Task", "Trained", "check_examples", "train"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -41,7 +42,7 @@ class Paused(TryAgain):
 class Task:
     """What a round starts from: the step, the trainable parameters [d], the frozen ones [f], the activations' ranges, the plan."""
 
-    step: Step
+    step: Step[StepForm]
     start: Floats
     plan: TrainingPlan
     frozen: Floats | None = None
@@ -98,7 +99,7 @@ def train(
         TryAgain: progress cannot be written.
     """
     task.check()
-    _check_examples(task.step, x, labels)
+    check_examples(task.step.form, x, labels)
     x, labels = np.ascontiguousarray(x, np.float32), np.asarray(labels, np.int64)
     fingerprint = _fingerprint(task, x, labels) if resume else ""
     progress = load_progress(resume.path, fingerprint) if resume else None
@@ -155,11 +156,16 @@ class _Loop:
         progress.step, progress.loss, progress.trained = progress.step + 1, progress.loss + loss, progress.trained + len(rows)
 
 
-def _check_examples(step: Step, x: Floats, labels: npt.NDArray[np.int64]) -> None:
-    if x.shape != (len(labels), *step.form.input_shape) or labels.ndim != 1:
-        raise Refused(f"training: examples must have shape [n, {', '.join(map(str, step.form.input_shape))}] and n labels")
-    if len(labels) and not 0 <= labels.min() <= labels.max() < step.form.classes:
-        raise Refused(f"training: labels must be integers from 0 to {step.form.classes - 1}")
+def check_examples(form: GraphForm, x: Floats, labels: npt.NDArray[np.int64]) -> None:
+    """See that x [n, ...] and labels [n] fit a graph.
+
+    Raises:
+        Refused: they do not.
+    """
+    if x.shape != (len(labels), *form.input_shape) or labels.ndim != 1:
+        raise Refused(f"training: examples must have shape [n, {', '.join(map(str, form.input_shape))}] and n labels")
+    if len(labels) and not 0 <= labels.min() <= labels.max() < form.classes:
+        raise Refused(f"training: labels must be integers from 0 to {form.classes - 1}")
 
 
 def _fingerprint(task: Task, x: Floats, labels: npt.NDArray[np.int64]) -> str:

@@ -273,7 +273,7 @@ __attribute__((visibility("default"))) int train(Job *job) {{
     Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0}};
     rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
     for (long i = 0; i < job->examples; i++)
-        if (job->y[i] < 0 || job->y[i] >= {self.blocks.network.classes}) return 1;
+        if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {self.blocks.network.classes}) return 1;
     if (!rule.plain) clear(velocity, {blob});
     job->loss = 0;
     real check = 0;

@@ -36,12 +36,12 @@ from fedcore.training.plan import (
     poisson_batches,
 )
 
-__all__ = ["NativeTrainer", "Program", "Worker", "prepare"]
+__all__ = ["Job", "NativeTrainer", "Program", "Worker", "prepare"]
 
 _ALIGNMENT = 4096
 
 
-class _Job(ctypes.Structure):
+class Job(ctypes.Structure):
     """``Job`` of prelude.c."""
 
     _fields_ = (
@@ -79,7 +79,8 @@ class Program:
 def _program(blocks: Blocks, target: Target, double: bool) -> Program:
     """Remembered, so that workers forked after `prepare` find theirs at once."""
     memory = plan_memory(blocks)
-    return Program(blocks, memory, build(source(blocks, memory, target), target, double=double))
+    text = source(blocks, memory, target) + Path(__file__).with_name("cohort.c").read_text(encoding="utf-8")
+    return Program(blocks, memory, build(text, target, double=double))
 
 
 class NativeTrainer:
@@ -97,10 +98,13 @@ class NativeTrainer:
     def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
         """See `plan.LocalTrainer`."""
         for client in clients:
-            shape = tuple(client.x.shape[1:])
-            if shape not in self._workers:
-                self._workers[shape] = Worker(Program.of(self.model, shape, self.target), self.model)
-            yield self._workers[shape].train(start, client, plan)
+            yield self.worker(tuple(client.x.shape[1:])).train(start, client, plan)
+
+    def worker(self, shape: tuple[int, ...]) -> Worker:
+        """The program for examples of ``shape``."""
+        if shape not in self._workers:
+            self._workers[shape] = Worker(Program.of(self.model, shape, self.target), self.model)
+        return self._workers[shape]
 
 
 class Worker:
@@ -109,21 +113,30 @@ class Worker:
     def __init__(self, program: Program, model: nn.Module) -> None:
         self.blocks, self.model = program.blocks, model
         self.dtype = torch.float64 if _dtype(model) is torch.float64 else torch.float32
+        self.numbers = np.float64 if self.dtype is torch.float64 else np.float32
         self._size = self.blocks.trainable
         known = dict(quantizers(model))
         self._quantizers = [known[name] for name in self.blocks.quantizers]
         self._frozen: list[ActivationRange | None] | None = None
         self._table = torch.zeros(0)
-        self._library = library = ctypes.CDLL(str(program.library))
+        self.library = library = ctypes.CDLL(str(program.library))
         library.private_begin.restype = library.private_end.restype = None
         self._train, self._import = library.train, library.import_start
-        self._train.argtypes, self._train.restype = [ctypes.POINTER(_Job)], ctypes.c_int
+        self._train.argtypes, self._train.restype = [ctypes.POINTER(Job)], ctypes.c_int
         self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
         self._work = _aligned(program.memory.numbers, self.dtype)
         self._bytes = _aligned(program.memory.bytes, torch.uint8)
         self._blob = _aligned(self.blocks.blob + LANES, self.dtype)
+        self._update = torch.empty(self._size + LANES, dtype=self.dtype)
         self._start: tuple[Tensor, int] | None = None
-        self._job = _Job(work=self._work.data_ptr(), bytes=self._bytes.data_ptr(), start=self._blob.data_ptr())
+        self._job = Job(work=self._work.data_ptr(), bytes=self._bytes.data_ptr(), start=self._blob.data_ptr())
+
+    def job(self, start: Tensor, plan: LocalPlan) -> Job:
+        """A job of this worker without examples, whose update goes to the worker's own memory."""
+        self._begin_from(start)
+        self._set_rates(plan)
+        self._job.update, self._job.ranges = self._update.data_ptr(), self._ranges().data_ptr()
+        return self._job
 
     def train(self, start: Tensor, data: ClientData, plan: LocalPlan) -> LocalResult:
         """One client's round.
@@ -143,7 +156,7 @@ class Worker:
         job.examples, job.epochs, job.ranges = len(y), plan.epochs, ranges.data_ptr()
         self._set_rates(plan)
         if self._train(job):
-            raise Refused(self._no_class(data))
+            raise Refused(self.no_class(data.client))
         trained = len(order)
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
 
@@ -156,16 +169,16 @@ class Worker:
         job.x, job.y, job.update, job.noise = x.data_ptr(), y.data_ptr(), update.data_ptr(), drawn.data_ptr()
         job.ranges, job.bound = ranges.data_ptr(), dp.clipping_norm
         self._set_rates(plan)
-        self._library.private_begin(ctypes.byref(job))
+        self.library.private_begin(ctypes.byref(job))
         trained = 0
         for rows in poisson_batches(len(y), plan, data.rng):
             order = torch.from_numpy(rows.astype(np.int64, copy=False))
             noise.fill(drawn, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
             job.order, job.examples = order.data_ptr(), len(rows)
-            if self._library.private_step(ctypes.byref(job)):
-                raise Refused(self._no_class(data))
+            if self.library.private_step(ctypes.byref(job)):
+                raise Refused(self.no_class(data.client))
             trained += len(rows)
-        self._library.private_end(ctypes.byref(job))
+        self.library.private_end(ctypes.byref(job))
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
 
     def _set_rates(self, plan: LocalPlan) -> None:
@@ -173,8 +186,9 @@ class Worker:
         job.batch, job.rate, job.momentum = plan.batch_size, plan.lr, plan.momentum
         job.decay, job.proximal = plan.weight_decay, plan.proximal_mu
 
-    def _no_class(self, data: ClientData) -> str:
-        return f"client {data.client}: a label is not one of the {self.blocks.network.classes} classes"
+    def no_class(self, client: int) -> str:
+        """What is wrong with a client that has other labels."""
+        return f"client {client}: a label is not one of the {self.blocks.network.classes} classes"
 
     def _begin_from(self, start: Tensor) -> None:
         """Bring the start into the blob's order, unless it is the one that is there."""

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from fedcore.data import FederatedData
 from fedcore.errors import Refused
+from fedcore.native.cohort import Board, Cohort
+from fedcore.native.trainer import NativeTrainer, Worker
 from fedcore.privacy.randomness import RandomBytes, RootKey, keystream
 from fedcore.privacy.release import Contribution
 from fedcore.quantization.layers import set_activation_ranges
@@ -33,6 +35,7 @@ Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
 DATA_ORDER, _ROUNDING, _VANISHING = 1, 2, 3  # purposes of a client's generators
 CHECK_IN, WORK, AFTERWARDS = "check-in", "work", "afterwards"
+_VANISHED = "vanished (cohort.dropout)"
 _OF_EXAMPLES = ("example-clipping-norm", "example-noise-multiplier", "example-batches")
 _RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
@@ -153,7 +156,7 @@ class Clients:
         self._freeze(task.ranges)
         start = start.to(self.device)
         gone = [client for client in clients if not self.arrives(client, task.round_number)]
-        yield from (ClientReply(client, 0, math.nan, None, "vanished (cohort.dropout)", 0) for client in gone)
+        yield from (ClientReply(client, 0, math.nan, None, _VANISHED, 0) for client in gone)
         refusing = {client: reason for client in clients if client not in gone and (reason := self._refuses(client, task.plan))}
         yield from (self._failed(client, reason, task, telling=False) for client, reason in refusing.items())
         clients = [client for client in clients if client not in gone and client not in refusing]
@@ -168,6 +171,37 @@ class Clients:
                     yield self._failed(group[0], f"training failed: {_first_line(error)}", task)
                 continue
             yield from (self._reply(result, task) for result in results)
+
+    def adds_up(self, task: RoundTask) -> bool:
+        """Whether the engine trains whole cohorts: then `add_up` and `added` give what `train` and a sum would."""
+        return isinstance(self.trainer, NativeTrainer) and self.encoding == "float32" and not task.private
+
+    def add_up(self, start: Tensor, clients: Sequence[int], task: RoundTask, board: Board) -> None:
+        """Help to train ``clients``; all processes that share ``board`` call this with the same arguments."""
+        self._freeze(task.ranges)
+        train, clients = self.data.dataset.train, self._arriving(clients, task)
+        rows = [self.data.clients[client] for client in clients]
+        cohort = Cohort(clients, rows, self.seed, task.round_number, DATA_ORDER, task.max_update_norm)
+        cohort.train(self._native(), start, train.x, train.y, task.plan, board)
+
+    def added(self, clients: Sequence[int], task: RoundTask, board: Board) -> Iterator[ClientReply]:
+        """What became of the clients that `add_up` trained; their updates are in the board's total."""
+        arriving = self._arriving(clients, task)
+        here = set(arriving)
+        yield from (ClientReply(client, 0, math.nan, None, _VANISHED, 0) for client in clients if client not in here)
+        length = update_length(len(board.total), self.encoding)
+        for client, norm, loss in zip(arriving, board.norms.tolist(), board.losses.tolist(), strict=False):
+            reason = why_unusable(norm, loss, task.max_update_norm)
+            if norm < 0:
+                reason = f"training failed: Refused: {self._native().no_class(client)}"
+            yield ClientReply(client, len(self.data.clients[client]), loss, None, reason, 0 if reason else length)
+
+    def _arriving(self, clients: Sequence[int], task: RoundTask) -> list[int]:
+        return [client for client in clients if self.arrives(client, task.round_number)]
+
+    def _native(self) -> Worker:
+        assert isinstance(self.trainer, NativeTrainer)
+        return self.trainer.worker(self.data.dataset.train.x.shape[1:])
 
     def _refuses(self, client: int, plan: LocalPlan) -> str:
         return plan.dp.why_not(len(self.data.clients[client]), plan.batch_size) if plan.dp else ""

@@ -1,0 +1,124 @@
+"""A whole round of simulated clients in the native engine: by any number of processes, with one result for all of their numbers."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from fedcore.native.trainer import Worker
+from fedcore.training.plan import LocalPlan
+
+__all__ = ["Board", "Cohort", "units_of"]
+
+Ints = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
+_UNITS = 32  # of a round: a constant, so that the order of summation does not depend on the number of workers
+_FULL = 0.0002  # seconds that a worker waits for others to make room
+
+
+def units_of(clients: int) -> list[int]:
+    """With which client each work unit ends: at most 32 units, whose sizes differ by at most one client."""
+    count = min(_UNITS, clients)
+    return [round((i + 1) * clients / count) for i in range(count)]
+
+
+class _Cohort(ctypes.Structure):
+    """``Cohort`` of cohort.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("job", "board", "rows", "ends", "units", "words")),
+        *((name, ctypes.c_int64) for name in ("word_count", "unit_count", "room", "size")),
+        ("limit", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("losses", "norms", "sums", "complete", "total")),
+        ("unit", ctypes.c_int64),
+    )
+
+
+class Board:
+    """What the processes that work on a round share; made before they are forked.
+
+    ``total`` [size]: the sum of the usable updates, each times its client's examples. By position in the cohort: ``norms``, the L2
+    norm of the update, -1 where a label is no class, and ``losses``, the mean loss.
+    """
+
+    def __init__(self, clients: int, size: int, workers: int) -> None:
+        self.room = 2 * workers
+        self.counters: Ints = np.frombuffer(mmap.mmap(-1, 8 * (4 + self.room)), np.int64)
+        self.total, self.norms, self.losses = _shared(size), _shared(clients), _shared(clients)
+        self.sums = _shared(self.room * size)
+
+    @property
+    def finished(self) -> int:
+        """Clients whose training is over."""
+        return int(self.counters[3])
+
+    def begin(self) -> None:
+        """Begin a round."""
+        self.counters[:] = 0
+        self.total[:] = 0
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The ``clients`` of a round and, of each, the ``rows`` of its examples in the whole data set.
+
+    ``seed``, ``round_number`` and ``purpose`` are, beside the client, what `client_rng` makes the generator of its order of.
+    ``limit``: L2 norm above which an update does not count.
+    """
+
+    clients: Sequence[int]
+    rows: Sequence[Ints]
+    seed: int
+    round_number: int
+    purpose: int
+    limit: float
+
+    def train(self, worker: Worker, start: Tensor, x: npt.NDArray[Any], y: Ints, plan: LocalPlan, board: Board) -> None:
+        """Work on the round until nothing is left to take; every process of a round calls this with the same arguments.
+
+        ``x`` [n, ...] and ``y`` [n] are the whole data set.
+        """
+        if not self.rows:
+            return
+        x, y = np.ascontiguousarray(x, worker.numbers), np.ascontiguousarray(y, np.int64)
+        rows, sizes = np.concatenate(self.rows), np.array([len(one) for one in self.rows])
+        ends, units = np.cumsum(sizes), np.array(units_of(len(self.rows)))
+        words = self.words()
+        order = np.empty(plan.epochs * int(sizes.max(initial=0)), np.int64)
+        job = worker.job(start, plan)
+        job.x, job.y, job.order, job.epochs = x.ctypes.data, y.ctypes.data, order.ctypes.data, plan.epochs
+        mine = _Cohort(
+            job=ctypes.addressof(job), board=board.counters.ctypes.data, rows=rows.ctypes.data, ends=ends.ctypes.data,
+            units=units.ctypes.data, words=words.ctypes.data, word_count=words.shape[1], unit_count=len(units), room=board.room,
+            size=len(board.total), limit=self.limit, losses=board.losses.ctypes.data, norms=board.norms.ctypes.data,
+            sums=board.sums.ctypes.data, complete=board.counters[4:].ctypes.data, total=board.total.ctypes.data, unit=-1,
+        )  # fmt: skip
+        while worker.library.run_cohort(ctypes.byref(mine)):
+            time.sleep(_FULL)
+
+    def words(self) -> npt.NDArray[np.uint32]:
+        """The entropy of each client's SeedSequence, as numpy takes numbers apart."""
+        before, after = [*_halves(self.seed), *_halves(self.round_number)], _halves(self.purpose)
+        words = np.empty((len(self.clients), len(before) + 1 + len(after)), np.uint32)
+        words[:, : len(before)], words[:, len(before)], words[:, len(before) + 1 :] = before, self.clients, after
+        return words
+
+
+def _halves(number: int) -> list[int]:
+    """The 32-bit words of a number, the lowest first; zero has one."""
+    found = [number & 0xFFFFFFFF]
+    while number := number >> 32:
+        found.append(number & 0xFFFFFFFF)
+    return found
+
+
+def _shared(size: int) -> Doubles:
+    return np.frombuffer(mmap.mmap(-1, max(8, 8 * size)), np.float64, size)

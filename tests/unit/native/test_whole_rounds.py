@@ -1,0 +1,146 @@
+"""A round of many clients in the native engine, against one client after another."""
+
+import ctypes
+import os
+
+import numpy as np
+import pytest
+import torch
+from native_clients import PLANS, SHAPES, network, start_of, why_no_compiler
+
+from fedcore.models import ZOO
+from fedcore.native.cohort import Board, Cohort, units_of
+from fedcore.native.trainer import NativeTrainer
+from fedcore.training.plan import ClientData, client_rng
+
+pytestmark = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiled")
+SEED, ROUND, PURPOSE = 2**40 + 3, 12, 1
+
+
+def examples(name, count, dtype, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((count, *SHAPES[name])).astype(dtype), rng.integers(0, 4, count)
+
+
+def parts(count, sizes, seed=1):
+    rng = np.random.default_rng(seed)
+    return [np.sort(rng.choice(count, size, replace=False)).astype(np.int64) for size in sizes]
+
+
+def one_by_one(trainer, start, x, y, rows, clients, plan, limit=np.inf):
+    """The slow twin: a list of (weighted update, norm, loss), and their sum as units add it."""
+    data = [
+        ClientData(client, torch.from_numpy(x[part]), torch.from_numpy(y[part]), client_rng(SEED, ROUND, client, PURPOSE))
+        for client, part in zip(clients, rows, strict=True)
+    ]
+    found = list(trainer.train(start, data, plan))
+    norms = np.array([float(torch.linalg.vector_norm(one.update.double())) for one in found])
+    losses = np.array([one.loss for one in found])
+    total, begin = np.zeros(len(start)), 0
+    for end in units_of(len(rows)):
+        unit = np.zeros(len(start))
+        for one, norm, loss in zip(found[begin:end], norms[begin:end], losses[begin:end], strict=True):
+            if norm <= limit and np.isfinite(loss):
+                unit += one.examples * one.update.double().numpy()
+        total, begin = total + unit, end
+    return total, norms, losses
+
+
+def test_orders_are_those_of_numpy():
+    worker = NativeTrainer(network("mlp", False, torch.float32)).worker(SHAPES["mlp"])
+    order_rows = worker.library.order_rows
+    order_rows.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
+    order_rows.restype = None
+    for seed in (0, 7, 2**31, 2**40 + 3, 2**70):
+        words = Cohort([0, 3, 99_999], [], seed, ROUND, PURPOSE, 1.0).words()
+        for client, own in zip((0, 3, 99_999), words, strict=True):
+            for count in (0, 1, 2, 7, 64, 1000):
+                rows, found = 5 + 3 * np.arange(count), np.full(2 * count, -1)
+                word = np.ascontiguousarray(own)
+                order_rows(word.ctypes.data, len(word), rows.ctypes.data, count, 2, found.ctypes.data)
+                rng = client_rng(seed, ROUND, client, PURPOSE)
+                assert (found == np.concatenate([rows[rng.permutation(count)] for _ in range(2)])).all()
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("name", sorted(ZOO))
+def test_a_round_is_the_sum_of_its_clients(name, quantized):
+    model = network(name, quantized, torch.float64)
+    trainer, start = NativeTrainer(model), start_of(model)
+    x, y = examples(name, 60, np.float64)
+    rows, clients = parts(60, (13, 1, 7, 20, 10)), [4, 2, 9, 7, 1]
+    for plan in PLANS.values():
+        expected, norms, losses = one_by_one(trainer, start, x, y, rows, clients, plan)
+        board = Board(5, len(start), 1)
+        Cohort(clients, rows, SEED, ROUND, PURPOSE, np.inf).train(trainer.worker(SHAPES[name]), start, x, y, plan, board)
+        np.testing.assert_allclose(board.total, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
+        np.testing.assert_allclose(board.norms, norms, rtol=1e-12)
+        np.testing.assert_allclose(board.losses, losses, rtol=1e-12)
+        assert board.finished == 5
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_processes_share_a_round_and_leave_one_result(workers):
+    model = network("mlp", False, torch.float32)
+    start = start_of(model)
+    x, y = examples("mlp", 500, np.float32)
+    sizes = [*np.random.default_rng(3).integers(0, 40, 69).tolist(), 400]  # a last client that takes longer than many others
+    rows, clients, plan = parts(500, sizes), list(range(70)), PLANS["sgd"]
+    cohort = Cohort(clients, rows, SEED, ROUND, PURPOSE, 1e6)
+    expected, _, _ = one_by_one(NativeTrainer(model), start, x, y, rows, clients, plan)
+    board = Board(70, len(start), workers)
+    for _ in range(3):  # a board serves one round after another
+        board.begin()
+        children = []
+        for _ in range(workers - 1):
+            child = os.fork()
+            if child == 0:
+                cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, x, y, plan, board)
+                os._exit(0)
+            children.append(child)
+        cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, x, y, plan, board)
+        assert [os.waitpid(child, 0)[1] for child in children] == [0] * (workers - 1)
+        np.testing.assert_array_equal(board.total, expected)
+        assert board.finished == 70
+
+
+def test_what_must_not_count_does_not():
+    model = network("mlp", False, torch.float32)
+    start, trainer = start_of(model), NativeTrainer(model)
+    x, y = examples("mlp", 100, np.float32)
+    rows = [np.arange(10) + 10 * i for i in range(6)]
+    rows[4] = rows[4][:0]
+    y[25], x[31] = 4, np.inf
+    plan = PLANS["sgd"]
+    expected, _, _ = one_by_one(trainer, start, x, y, [rows[0], rows[5]], [0, 5], plan)
+    _, norms, _ = one_by_one(trainer, start, x, y, [rows[1]], [1], plan)
+    x[rows[1]] *= 30
+    limit = 10 * float(norms[0])
+    board = Board(6, len(start), 1)
+    Cohort(range(6), rows, SEED, ROUND, PURPOSE, limit).train(trainer.worker(SHAPES["mlp"]), start, x, y, plan, board)
+    assert board.norms[1] > limit
+    assert board.norms[2] == -1  # a label that is no class
+    assert not np.isfinite(board.norms[3])
+    assert np.isnan(board.losses[4])  # nothing to train on
+    np.testing.assert_allclose(board.total, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("clients", [1, 31, 32, 33, 1000])
+def test_units_are_consecutive_and_even(clients):
+    ends = units_of(clients)
+    sizes = np.diff([0, *ends])
+    assert ends[-1] == clients
+    assert len(ends) <= 32
+    assert sizes.max() - sizes.min() <= 1
+    assert sizes.min() >= 1
+
+
+def test_no_clients_are_no_work():
+    model = network("mlp", False, torch.float32)
+    board = Board(3, len(start_of(model)), 1)
+    x, y = examples("mlp", 10, np.float32)
+    worker = NativeTrainer(model).worker(SHAPES["mlp"])
+    Cohort([], [], SEED, ROUND, PURPOSE, 1.0).train(worker, start_of(model), x, y, PLANS["sgd"], board)
+    assert board.finished == 0
+    assert not board.total.any()
+    assert units_of(0) == []

@@ -18,6 +18,7 @@ from fedcore.gateway.limits import Buckets, Limits
 from fedcore.gateway.messages import NONCE, Enrolment, FleetTrust
 from fedcore.gateway.pace import Pace
 from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.registry.files import Files
 from fedcore.secagg.crypto import Signer, digest
 from fedcore.state.gateway import Admission, Device, Problem
 
@@ -37,7 +38,8 @@ _PROBLEMS = {
 class GatewaySettings:
     """What a gateway goes by. ``time_key`` signs its clock; it and ``token_secret`` are one for all gateways of a fleet.
 
-    ``signer`` enrols and renews; without one both are refused. ``hold``: seconds that a check-in is held at most.
+    ``signer`` enrols and renews; without one both are refused. ``hold``: seconds that a check-in is held at most. ``repository``:
+    releases, if there are any; devices ask for theirs every ``release_every`` seconds.
     """
 
     trust: FleetTrust
@@ -47,6 +49,8 @@ class GatewaySettings:
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
     hold: float = HOLD
+    repository: Files | None = None
+    release_every: float = 1800.0
 
     @classmethod
     def of(cls, trust: FleetTrust, time_key: Signer, secret: bytes, **others: Any) -> GatewaySettings:

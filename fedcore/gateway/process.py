@@ -2,7 +2,8 @@
 
 The keys of the file: ``store`` (path or URL), ``blobs``, ``trust`` (FleetTrust, canonical bytes), ``time_key`` (PEM) and ``tls``
 (directory with tls.key and tls.pem; may be missing on loopback), all of them paths; ``listen`` (HOST:PORT), ``signer`` (address of
-the enrolment signer, may be missing), ``share_port`` (several processes on one port), ``limits`` and ``pace`` (their fields).
+the enrolment signer, may be missing), ``share_port`` (several processes on one port), ``limits`` and ``pace`` (their fields);
+``repository`` (directory or URL of releases, may be missing) and ``release_every`` (seconds in which devices ask for them).
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from fedcore.gateway.messages import FleetTrust
 from fedcore.gateway.pace import Pace
 from fedcore.gateway.service import Gateway
 from fedcore.gateway.tls import is_loopback, read_tls
+from fedcore.registry.files import open_files
 from fedcore.secagg.committee_wire import endpoint_of
 from fedcore.secagg.crypto import digest
 from fedcore.secagg.keys import read_private_key, read_signing_key
@@ -52,6 +54,8 @@ class ProcessSettings:
     signer: str = ""
     share_port: bool = False
     hold: float = 30.0
+    repository: str = ""
+    release_every: float = 1800.0
     limits: Limits = field(default_factory=Limits)
     pace: Pace = field(default_factory=Pace)
 
@@ -86,7 +90,8 @@ def open_settings(settings: ProcessSettings) -> GatewaySettings:
     secret = digest("gateway tokens", read_private_key(settings.time_key))
     signer = RemoteSigner(settings.signer) if settings.signer else None
     return GatewaySettings.of(
-        trust, key, secret, signer=signer, limits=settings.limits, pace=settings.pace, hold=settings.hold
+        trust, key, secret, signer=signer, limits=settings.limits, pace=settings.pace, hold=settings.hold,
+        repository=open_files(settings.repository) if settings.repository else None, release_every=settings.release_every,
     )  # fmt: skip
 
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.registry.fetch import Reply
+from fedcore.registry.files import Files
 
-__all__ = ["RepositoryFetcher", "check_name"]
+__all__ = ["REPOSITORY", "RepositoryFetcher", "check_name", "read_out"]
 
+REPOSITORY = "*release repository"
+"""Stands in a token where a round's key would; no task's name begins so."""
+_PIECE = 1 << 18
 _NAME = re.compile(r"(?:metadata|targets)(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,199}){1,8}", re.ASCII)
 
 
@@ -25,6 +30,31 @@ def check_name(name: str) -> None:
     """
     if not _NAME.fullmatch(name):
         raise GatewayRefusal(pb.NO_SUCH_BLOB, "the release repository has no file of such a name")
+
+
+async def read_out(files: Files, name: str, offset: int, length: int) -> AsyncIterator[pb.FetchReply]:
+    """The answers to a ``Fetch`` of a repository's file: its size, then at most ``length`` bytes (0: all) from ``offset`` on.
+
+    Raises:
+        GatewayRefusal: there is no such file, or not so much of it.
+        TryAgain: it cannot be read now, or was changed meanwhile.
+    """
+    check_name(name)
+    left, total = length or 1 << 62, -1
+    while left > 0:
+        found = await asyncio.to_thread(files.part, name, offset, min(_PIECE, left))
+        if found is None or offset > found[0]:
+            raise GatewayRefusal(pb.NO_SUCH_BLOB, f"the release repository has no byte {offset} of a file of this name")
+        size, data = found
+        if total < 0:
+            total = size
+            yield pb.FetchReply(total=total)
+        if size != total:
+            raise TryAgain(f"{name} was changed while it was read")
+        if not data:
+            return
+        yield pb.FetchReply(data=data)
+        offset, left = offset + len(data), left - len(data)
 
 
 class RepositoryFetcher:

@@ -28,8 +28,11 @@ from fedcore.gateway.limits import Buckets, ReadingRoom
 from fedcore.gateway.messages import Enrolment, RoundToken
 from fedcore.gateway.pace import first_wait, wait
 from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.gateway.releases import Desk
+from fedcore.gateway.repository import REPOSITORY, read_out
 from fedcore.gateway.rounds import PRESENT, REPORT, is_for
 from fedcore.gateway.sums import UploadTerms, read_upload
+from fedcore.registry.assignment import LONGEST
 from fedcore.secagg.committee_wire import one_line
 from fedcore.state.gateway import Contribution, Device, GatewayStore, Note, RoundState, Standing
 
@@ -53,6 +56,7 @@ class Gateway:
         self.board = Board(committer)
         self._room, self._door = ReadingRoom(limits), Door(settings, committer, clock)
         self._transfers = Buckets(50 * limits.rate, 20 * limits.burst)
+        self._desk = Desk(committer, settings.time_key, settings.release_every, clock)
         self._fleet = 0
         self._draw = random.SystemRandom()
 
@@ -64,7 +68,7 @@ class Gateway:
             "Enroll": (pb.EnrollRequest, self._enroll), "Renew": (pb.SignedRequest, self._renew),
             "CheckIn": (pb.SignedRequest, self._check_in), "Stage": (pb.StageRequest, self._stage),
             "Upload": (pb.SignedRequest, self._upload), "Report": (pb.SignedRequest, self._report),
-            "Forget": (pb.SignedRequest, self._forget),
+            "Forget": (pb.SignedRequest, self._forget), "Release": (pb.SignedRequest, self._release),
         }  # fmt: skip
         calls = {name: grpc.stream_unary_rpc_method_handler(unary(self._room, *what)) for name, what in plain.items()}
         calls["Fetch"] = grpc.stream_stream_rpc_method_handler(streaming(self._room, pb.FetchRequest, self._fetch))
@@ -182,7 +186,22 @@ class Gateway:
         invitation = self._blobs.get(place.invitation) if place.invitation else b""
         return pb.Assignment(plan=signed, token=token, invitation=invitation)
 
+    async def _release(self, request: pb.SignedRequest) -> pb.ReleaseReply:
+        body = _body(pb.ReleaseBody, request)
+        device = await self._door.caller(request, "Release")
+        assignment, reason = await self._desk.answer(device, body)
+        wait_ms = int(1000 * self._settings.release_every * (0.8 + 0.4 * self._draw.random()))
+        token = b""
+        if self._settings.repository is not None:
+            token = issue_token(self._settings.token_secret, device.id, REPOSITORY, self._now() + 1000 * LONGEST)
+        told = self._door.time(request.nonce)
+        return pb.ReleaseReply(assignment=assignment, token=token, retry_after_ms=wait_ms, reason=reason, server_time=told)
+
     async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[pb.FetchReply]:
+        if request.name:
+            async for reply in self._read_out(request):
+                yield reply
+            return
         token, one = await self._bearer(request.token)
         if request.digest not in one.document.blobs(token.device):
             raise GatewayRefusal(pb.NO_SUCH_BLOB, "the plan names no such blob")
@@ -192,6 +211,16 @@ class Gateway:
         yield pb.FetchReply(total=total)
         for piece in self._blobs.read(request.digest, request.offset, min(request.length, total)):
             yield pb.FetchReply(data=piece)
+
+    async def _read_out(self, request: pb.FetchRequest) -> AsyncIterator[pb.FetchReply]:
+        token = read_token(self._settings.token_secret, request.token, self._now())
+        if token.round_key != REPOSITORY:
+            raise GatewayRefusal(pb.NO_SUCH_ROUND, "the token is a round's, not one for the release repository")
+        if self._settings.repository is None:
+            raise GatewayRefusal(pb.NO_SUCH_BLOB, "this gateway serves no release repository")
+        self._transfers.take(token.device)
+        async for reply in read_out(self._settings.repository, request.name, request.offset, request.length):
+            yield reply
 
     async def _stage(self, request: pb.StageRequest) -> pb.StageReply:
         token, one = await self._bearer(request.token)

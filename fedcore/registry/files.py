@@ -25,6 +25,9 @@ class Files(Protocol):
     def read(self, name: str) -> bytes | None:
         """The content; None where there is no such file."""
 
+    def part(self, name: str, offset: int, most: int) -> tuple[int, bytes] | None:
+        """The file's size, and its bytes from ``offset`` on, at most so many; None where there is no such file."""
+
     def write(self, name: str, data: bytes) -> None:
         """Make the content durable under ``name``, over what was there."""
 
@@ -45,6 +48,17 @@ class LocalFiles:
         """See `Files`."""
         try:
             return (self._directory / name).read_bytes()
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise TryAgain(f"{self._directory / name} cannot be read ({error.strerror})") from error
+
+    def part(self, name: str, offset: int, most: int) -> tuple[int, bytes] | None:
+        """See `Files`."""
+        try:
+            with (self._directory / name).open("rb") as file:
+                file.seek(offset)
+                return os.fstat(file.fileno()).st_size, file.read(most)
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
             return None
         except OSError as error:
@@ -110,6 +124,19 @@ class RemoteFiles:
         except OSError as error:
             raise TryAgain(f"{self._url}/{name} cannot be read ({error})") from error
         return bytes(found)
+
+    def part(self, name: str, offset: int, most: int) -> tuple[int, bytes] | None:
+        """See `Files`."""
+        path = f"{self._root}/{name}"
+        try:
+            size = int(self._system.size(path))
+            end = min(size, offset + most)
+            found: Any = self._system.cat_file(path, start=offset, end=end) if end > offset else b""
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            return None
+        except OSError as error:
+            raise TryAgain(f"{self._url}/{name} cannot be read ({error})") from error
+        return size, bytes(found)
 
     def write(self, name: str, data: bytes) -> None:
         """See `Files`."""

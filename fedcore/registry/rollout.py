@@ -2,7 +2,8 @@
 
 draft -> running (stage 0 is the canary, then larger shares) -> full, or aborted; and paused. A device's place is
 HMAC-SHA-256(secret of the rollout, device): the lowest share is exposed, the highest is the control, which keeps the
-baseline. Both grow with the stages and join when they check in, so that they live at the same time. Each identity has one vote a
+baseline. Both grow with the stages and join when they check in, so that they live at the same time. A first release has
+nothing to be compared with and is full at once. Each identity has one vote a
 signal: what it reported within ``window`` seconds of joining, the worst of it, clipped; or that it was silent. Votes enter when the
 window closes, whatever they say, so neither their order nor bad news that travels faster counts. `fedcore.registry.confidence`
 judges them, and may be asked as often as one likes.
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -24,93 +25,20 @@ import numpy as np
 
 from fedcore.errors import Refused
 from fedcore.registry.confidence import allowed_liars, ceiling_evidence, excess_evidence, histogram, ratio_evidence
+from fedcore.registry.rollout_plan import SIGNALS, SILENCE, Plan, Signal
 
-__all__ = ["SIGNALS", "SILENCE", "Decision", "Member", "Phase", "Plan", "Report", "Rollout", "Signal", "Test", "assign", "command",
-           "decide", "exposed", "new_rollout", "place_of"]  # fmt: skip
+__all__ = ["SIGNALS", "SILENCE", "Arm", "Decision", "Member", "Phase", "Plan", "Report", "Rollout", "Signal", "Test", "arm_of",
+           "assign", "command", "decide", "draw_secret", "exposed", "hardware_of", "new_rollout", "place_of", "release_of",
+           "room"]  # fmt: skip
 
 Phase = Literal["draft", "running", "paused", "full", "aborted"]
 Decision = Literal["abort", "promote", "inconclusive", "hold"]
 Arm = Literal["canary", "control"]
-SILENCE = "silence"
 _LIARS_SHARE = 0.2  # of alpha
+_ARMS: tuple[Arm, Arm] = ("canary", "control")
+_MANY = 2000  # devices, from which on one draw is about as good as the next
+_UNBOUNDED = 2**31
 _RULE_OF_THREE = 3.0  # n votes without a failure bound its rate by 3 / n at 95 % (Hanley and Lippman-Hand 1983)
-
-
-@dataclass(frozen=True)
-class Signal:
-    """Something that devices report, the less the better.
-
-    Args:
-        kind: a `rate` is in [0, 1] and compared by means; an `amount` is positive and compared by medians.
-        limit: the harm that is still acceptable: an absolute difference of rates, or a share more of an amount.
-        tolerance: harm beyond which a release is aborted as soon as it is shown; in the same units.
-        ceiling: a rate that is too much whatever the control does; 1 for none.
-        clip: rates above it count as it: the lower, the fewer votes show a small difference of rates that are small.
-        required: whether promotion needs it. One that is not, as energy, counts where it is reported.
-    """
-
-    name: str
-    limit: float
-    kind: Literal["rate", "amount"] = "rate"
-    tolerance: float = 0.0
-    ceiling: float = 1.0
-    clip: float = 1.0
-    required: bool = True
-
-
-SIGNALS = (
-    Signal("disagreement", 0.02, clip=0.2),  # with the labels of the self-test batch in the release
-    Signal("errors", 0.02, clip=0.2),
-    Signal("crash", 0.02),  # of a load
-    Signal("p95_ms", 0.25, "amount"),
-    Signal("peak_bytes", 0.25, "amount"),
-    Signal("joules", 0.25, "amount", required=False),
-    Signal("celsius", 0.1, "amount", required=False),
-    Signal(SILENCE, 0.05),
-)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was decided before a rollout began. ``baseline`` is the release that the control keeps; ``fleet`` counts devices.
-
-    ``stages`` are shares of the fleet; ``control`` is the share that stays at the last of them, and less before; ``enough`` is the
-    part of a stage whose votes a promotion waits for. ``corrupt`` is the share of devices that may lie. ``hardware`` models are
-    judged apart, all others as one.
-    """
-
-    name: str
-    model: str
-    version: int
-    baseline: int
-    fleet: int
-    stages: tuple[float, ...] = (0.05, 0.2, 0.5)
-    control: float = 0.4
-    window: float = 86400.0
-    signals: tuple[Signal, ...] = SIGNALS
-    hardware: tuple[str, ...] = ()
-    corrupt: float = 0.05
-    alpha: float = 0.05
-    enough: float = 0.5
-
-    def __post_init__(self) -> None:
-        rising = all(a < b for a, b in zip(self.stages, self.stages[1:], strict=False))
-        if not (self.stages and rising and self.control > 0 and self.stages[0] > 0 and self.stages[-1] + self.control <= 1):
-            raise Refused(f"stages rise from above 0 and leave room for the control, got {self.stages} and {self.control}")
-        if min(math.floor(self.stages[0] * self.fleet), math.floor(self.control_at(0) * self.fleet)) < 1:
-            raise Refused(f"of {self.fleet} devices, a canary of {self.stages[0]:g} or a control of {self.control:g} is nobody")
-        if not (self.version > self.baseline >= 0 and self.window > 0 and 0 < self.alpha < 1 and 0 < self.enough <= 1):
-            raise Refused("a rollout's version is above its baseline, its window positive, alpha and enough between 0 and 1")
-        if not 0 <= self.corrupt < 0.5:
-            raise Refused(f"a share of liars is below one half, got {self.corrupt:g}")
-        if len({one.name for one in self.signals}) < len(self.signals) or any(one.limit <= one.tolerance for one in self.signals):
-            raise Refused("every signal is named once, and its limit is above its tolerance")
-        if any(not 0 < one.clip <= 1 or (one.ceiling < 1 and one.ceiling >= one.clip) for one in self.signals):
-            raise Refused("a signal's clip is in (0, 1] and above its ceiling")
-
-    def control_at(self, stage: int) -> float:
-        """The share of the fleet that is the control at a stage."""
-        return self.control * self.stages[stage] / self.stages[-1]
 
 
 @dataclass(frozen=True)
@@ -134,7 +62,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Rollout:
-    """The state. ``fallback`` is the release, above the aborted one, that has the baseline's content once it is published."""
+    """The state. ``fallback`` is the release, above the aborted one, that has the baseline's content once it is published.
+
+    ``targets``: of the releases that devices may be assigned, the hexadecimal SHA-256 that assignments name.
+    """
 
     plan: Plan
     secret: bytes = field(repr=False)
@@ -142,6 +73,7 @@ class Rollout:
     stage: int = 0
     members: Mapping[str, Member] = field(default_factory=dict, repr=False)
     fallback: int | None = None
+    targets: Mapping[int, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -183,33 +115,79 @@ def place_of(secret: bytes, device: str) -> float:
     return int.from_bytes(hmac.digest(secret, device.encode(), "sha256")[:6], "big") / 2**48
 
 
+def draw_secret(plan: Plan, devices: Sequence[str], random: Callable[[int], bytes], draws: int = 64) -> bytes:
+    """Of some random secrets the one that puts the shares of the first stage closest to what was planned, among known devices.
+
+    A draw among draws stays random (rerandomization: Morgan and Rubin 2012, Annals of Statistics 40(2)), and looks at nothing but
+    counts; it keeps the canary of a small fleet from being nobody.
+    """
+    wanted = (plan.stages[0] * len(devices), plan.control_at(0) * len(devices)) if not plan.group else (len(devices) / 2,) * 2
+    best, closest = b"", math.inf
+    for _ in range(draws):
+        state = replace(new_rollout(plan, random(hashlib.sha256().digest_size)), phase="running")
+        arms = [arm_of(state, device, (plan.group,)) for device in devices]
+        off = sum(abs(arms.count(arm) - share) for arm, share in zip(_ARMS, wanted, strict=True))
+        if off < closest:
+            best, closest = state.secret, off
+        if off <= max(2.0, 0.01 * len(devices)) and len(devices) > _MANY:
+            break
+    return best
+
+
 def exposed(state: Rollout) -> int:
     """Devices that were ever assigned the new release by a stage."""
     return sum(member.arm == "canary" for member in state.members.values())
 
 
-def assign(state: Rollout, device: str, hardware: str, clock: float) -> tuple[Rollout, int]:
-    """The state with the device in it, and the release that it should have.
+def arm_of(state: Rollout, device: str, labels: Iterable[str] = ()) -> Arm | None:
+    """In which arm a device is that checks in now and is in none yet, as long as there is room in it; None: in neither."""
+    plan, place = state.plan, place_of(state.secret, device)
+    if state.phase != "running":
+        return None
+    if plan.group and state.stage == 0:
+        return None if plan.group not in labels else "canary" if place < 0.5 else "control"
+    if place < plan.stages[state.stage]:
+        return "canary"
+    return "control" if place >= 1 - plan.control_at(state.stage) else None
+
+
+def room(state: Rollout, arm: Arm) -> int:
+    """How many devices an arm may have at this stage."""
+    plan = state.plan
+    return math.floor(plan.stages[state.stage] * plan.fleet) if arm == "canary" else max(plan.fleet, _UNBOUNDED)
+
+
+def release_of(state: Rollout, arm: Arm | None) -> int:
+    """The release that a device of an arm (None: of neither) should have; 0 for none.
 
     After an abort that is the baseline, until the fallback is there; devices that have the new release refuse it as older.
     """
     plan = state.plan
+    outside = plan.baseline if plan.rest is None else plan.rest
     if state.phase == "full":
-        return state, plan.version
-    if state.phase in {"draft", "aborted"}:
-        return state, plan.baseline if state.fallback is None else state.fallback
+        return plan.version
+    if state.fallback is not None:
+        return state.fallback
+    if arm == "canary" and state.phase in {"running", "paused"}:
+        return plan.version
+    return plan.baseline if arm == "control" else outside
+
+
+def hardware_of(plan: Plan, hardware: str) -> str:
+    """The group of hardware in which a device is judged."""
+    return hardware if hardware in plan.hardware else "other"
+
+
+def assign(
+    state: Rollout, device: str, hardware: str, clock: float, labels: Iterable[str] = ()
+) -> tuple[Rollout, int]:  # fmt: skip
+    """The state with the device in it, and the release that it should have: what gateways do with rows of a store, in one piece."""
     member = state.members.get(device)
-    if member is None and state.phase == "running":
-        share, place = plan.stages[state.stage], place_of(state.secret, device)
-        arm: Arm | None = None
-        if place < share and exposed(state) < math.floor(share * plan.fleet):
-            arm = "canary"
-        elif place >= 1 - plan.control_at(state.stage):
-            arm = "control"
-        if arm is not None:
-            member = Member(arm, hardware if hardware in plan.hardware else "other", clock)
-            state = replace(state, members={**state.members, device: member})
-    return state, plan.version if member is not None and member.arm == "canary" else plan.baseline
+    arm = arm_of(state, device, labels)
+    if member is None and arm is not None and sum(one.arm == arm for one in state.members.values()) < room(state, arm):
+        member = Member(arm, hardware_of(state.plan, hardware), clock)
+        state = replace(state, members={**state.members, device: member})
+    return state, release_of(state, member.arm if member is not None else None)
 
 
 def decide(state: Rollout, reports: Iterable[Report], clock: float) -> tuple[Rollout, Decision, tuple[Test, ...]]:
@@ -246,6 +224,8 @@ def command(state: Rollout, what: str, *, fallback: int | None = None) -> Rollou
     allowed, phase = moves[what]
     if state.phase not in allowed:
         raise Refused(f"the rollout is {state.phase}: {what} is possible when it is {' or '.join(allowed)}")
+    if what == "start" and not state.plan.baseline:
+        return replace(state, phase="full")
     return _promoted(state) if what == "promote" else replace(state, phase=phase)
 
 
@@ -279,6 +259,8 @@ def _closed(members: Mapping[str, Member], window: float, clock: float) -> dict[
 
 def _may_promote(state: Rollout, tests: Sequence[Test]) -> bool:
     plan = state.plan
+    if plan.rest is not None:
+        return False
     votes = sum(member.closed and member.arm == "canary" for member in state.members.values())
     if votes < plan.enough * math.floor(plan.stages[state.stage] * plan.fleet):
         return False
@@ -318,6 +300,9 @@ def _compared(
         harm = ratio_evidence(canary, control, *liars, 1 + signal.tolerance)
         fine = ratio_evidence(control, canary, *liars[::-1], 1 / (1 + signal.limit)) if whole else None
         yield Test(group, signal.name, *counts, liars, harm, wall, fine, fine_wall if whole else None)
+        if signal.ceiling < 1:
+            over = float(ceiling_evidence(histogram(np.array(canary) > signal.budget), liars[0], signal.ceiling))
+            yield Test(group, f"{signal.name} above {signal.budget:g} on at most {signal.ceiling:g}", *counts, liars, over, wall)
         return
     new, old = (histogram(np.array(votes) / signal.clip) for votes in (canary, control))
     harm = float(excess_evidence(new, old, *liars, signal.tolerance / signal.clip))

@@ -14,10 +14,11 @@ __all__ = ["decision_record", "decode_rollout", "encode_rollout", "order_record"
 
 
 def encode_rollout(state: Rollout) -> bytes:
-    """JSON of everything, the secret included: keep it where only the coordinator reads."""
+    """JSON of everything, the secret included: keep it where only gateways and the coordinator read."""
     held = {
         "plan": dataclasses.asdict(state.plan), "secret": state.secret.hex(), "phase": state.phase, "stage": state.stage,
-        "fallback": state.fallback, "members": {device: dataclasses.asdict(one) for device, one in state.members.items()},
+        "fallback": state.fallback, "targets": {str(version): digest for version, digest in state.targets.items()},
+        "members": {device: dataclasses.asdict(one) for device, one in state.members.items()},
     }  # fmt: skip
     return json.dumps(held, sort_keys=True).encode()
 
@@ -35,7 +36,8 @@ def decode_rollout(data: bytes) -> Rollout:
         plan["stages"], plan["hardware"] = tuple(plan["stages"]), tuple(plan["hardware"])
         members = {str(device): Member(**one) for device, one in held["members"].items()}
         secret = bytes.fromhex(held["secret"])
-        return Rollout(Plan(**plan), secret, held["phase"], held["stage"], members, held["fallback"])
+        targets = {int(version): str(digest) for version, digest in held.get("targets", {}).items()}
+        return Rollout(Plan(**plan), secret, held["phase"], held["stage"], members, held["fallback"], targets)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise Refused("this is no rollout that was kept, or it is damaged") from None
 

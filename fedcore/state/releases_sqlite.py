@@ -18,7 +18,8 @@ _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS rollouts (name TEXT PRIMARY KEY, model TEXT NOT NULL, number INTEGER NOT NULL,
        revision INTEGER NOT NULL, document TEXT NOT NULL, UNIQUE (model, number))""",
     """CREATE TABLE IF NOT EXISTS members (rollout TEXT NOT NULL, device INTEGER NOT NULL, arm TEXT NOT NULL,
-       hardware TEXT NOT NULL, joined REAL NOT NULL, closes REAL NOT NULL, reported TEXT, PRIMARY KEY (rollout, device)) WITHOUT ROWID""",
+       hardware TEXT NOT NULL, joined REAL NOT NULL, closes REAL NOT NULL, reported TEXT,
+       PRIMARY KEY (rollout, device)) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS arms (rollout TEXT NOT NULL, arm TEXT NOT NULL, joined INTEGER NOT NULL,
        PRIMARY KEY (rollout, arm)) WITHOUT ROWID""",
     """CREATE TABLE IF NOT EXISTS holdings (model TEXT NOT NULL, device INTEGER NOT NULL, version INTEGER NOT NULL,
@@ -57,8 +58,8 @@ class SqliteReleases:
             last = self._db.execute("SELECT max(number) FROM rollouts WHERE model = ?", (change.model,)).fetchone()[0] or 0
             if change.number != last + 1:
                 return False
-            row = (change.name, change.model, change.number, 1, change.document)
-            return self._db.execute("INSERT OR IGNORE INTO rollouts VALUES (?, ?, ?, ?, ?)", row).rowcount == 1
+            new = (change.name, change.model, change.number, 1, change.document)
+            return self._db.execute("INSERT OR IGNORE INTO rollouts VALUES (?, ?, ?, ?, ?)", new).rowcount == 1
 
     def visit(self, visit: Visit) -> Outcome:
         """See `ReleaseStore`."""
@@ -96,7 +97,7 @@ class SqliteReleases:
                    ORDER BY device"""
         with self._clear_errors():
             rows = self._db.execute(query, (model,)).fetchall()
-        return [Holding(*row[:6], tuple(json.loads(row[6])), *row[7:]) for row in rows]
+        return [Holding(row[0], row[1], row[2], row[3], row[4], row[5], tuple(json.loads(row[6])), row[7], row[8]) for row in rows]
 
     def forget(self, device: int) -> None:
         """Erase a device, within the caller's transaction."""
@@ -138,4 +139,5 @@ class SqliteReleases:
 
 
 def _member(row: Any) -> Membership:
-    return Membership(*row[:5], None if row[5] is None else json.loads(row[5]))
+    device, arm, hardware, joined, closes, reported = row
+    return Membership(device, arm, hardware, joined, closes, None if reported is None else json.loads(reported))

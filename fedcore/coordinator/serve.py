@@ -102,7 +102,9 @@ class DeviceRun(FederatedRun):
         )  # fmt: skip
         conductor = Conductor(open_gateway_store(self._where), self._folder.fleet.trust().deployment, self._folder.fleet.plan_key())
         task, mean = self._task(config), assembly.secured is not None or accepts_mean(assembly.strategy)
-        devices = DeviceGrid(conductor, Blobs(self._folder.blobs), assembly.layout, task, selection, blobs, mean=mean)
+        devices = DeviceGrid(
+            conductor, Blobs(self._folder.blobs), assembly.layout, task, selection, blobs, mean=mean, done=self._done()
+        )
         if assembly.secured is None:
             return devices
         # The committee counts the attempts of a task from one, and this process does so anew after a restart.
@@ -114,6 +116,15 @@ class DeviceRun(FederatedRun):
         store = RunStore(self.directory)
         store.close()
         return f"{config.run.name[:32]}-{store.run_id[:16]}"
+
+    def _done(self) -> int:
+        """Rounds that are committed: gateways compare a new round's number with those in which devices took part."""
+        store = RunStore(self.directory)
+        try:
+            last = store.latest()
+        finally:
+            store.close()
+        return last.round_number if last else 0
 
 
 def shown(address: str, directory: Path, *, as_json: bool) -> str:

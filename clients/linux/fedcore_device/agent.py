@@ -1,8 +1,12 @@
-"""The agent: looks at the conditions, asks for work as often as it was told to, does it, and survives what happens meanwhile."""
+"""The agent: looks at the conditions, asks for work as often as it was told to, does it, and survives what happens meanwhile.
+
+Between rounds it keeps the released models up to date (`fedcore_device.updates`); without examples that is all it does.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -25,6 +29,7 @@ from fedcore_device.environment import Conditions, Environment
 from fedcore_device.policy import Policy
 from fedcore_device.rounds import Draw, RoundWork, draw_from_system
 from fedcore_device.state import State
+from fedcore_device.updates import Identity, Updater
 
 __all__ = ["Agent", "Stop", "default_directory", "enrol_device", "forget_device", "load_enrolled"]
 
@@ -87,7 +92,8 @@ def load_enrolled(state: State) -> Enrolled:
 
 
 def forget_device(state: State) -> str:
-    """Withdraw the device and erase its keys, checkpoints and history. What could not be told to the gateway, empty if all was."""
+    """Withdraw the device and erase its keys, checkpoints, history and installed models. What could not be told to the gateway,
+    empty if all was."""
     told = ""
     if state.kept("enrolment.bin"):
         try:
@@ -125,6 +131,7 @@ class Agent:
         self._failures = 0
         self._told_wait = 0.0
         self._visit_held: dict[str, Any] | None = None
+        self._updater = self._new_updater()
         self.waiting_for = ""
 
     def run(self, stop: Stop) -> None:
@@ -135,9 +142,11 @@ class Agent:
         """
         left = 0.0
         while not stop.is_set():
-            self.waiting_for = self.why_not()
+            self.waiting_for = self.why_not() if self._environment.examples else "without examples it trains nothing"
             if not self.waiting_for and left <= 0:
                 left = self._visit(stop.is_set)
+            if self.waiting_for or self._state.work() is None:  # a round that can go on comes first
+                self.update(stop.is_set)
             began = self._monotonic()
             stop.wait(self._look if self.waiting_for else min(self._look, max(left, 0.01)))
             if not self.waiting_for:
@@ -147,6 +156,31 @@ class Agent:
         """Why the device does not work now; empty where it does."""
         conditions = self._environment.conditions(training=False)
         return self._policy.conditions.why_not(conditions, max(self._environment.clock(), self._requests.floor / 1000))
+
+    def update(self, stopped: Callable[[], bool] = lambda: False, *, now: bool = False) -> None:
+        """See `Updater.step`; nothing where the fleet has no repository, or the owner wants no models.
+
+        Raises:
+            GatewayRefusal: the gateway will not have this identity any more.
+        """
+        if self._updater is None:
+            return
+        try:
+            self._updater.step(stopped, now=now)
+        except GatewayRefusal as refusal:
+            self._refused(refusal)
+        self._keep_floor()
+
+    def _keep_floor(self) -> None:
+        if self._requests.floor > self._state.floor + _IMPORTANT:
+            self._state.raise_floor(self._requests.floor)
+
+    def _new_updater(self) -> Updater | None:
+        one = self._requests.enrolled
+        if not (one.trust.update_root and self._policy.updates.models):
+            return None
+        identity = Identity(hashlib.sha256(one.key.public).digest(), one.trust.time_keys, one.trust.update_root)
+        return Updater(self._state, self._environment, self._policy, identity, self._connected)
 
     def _visit(self, stopped: Callable[[], bool]) -> float:
         """Go on with the round in progress, or ask for one; eligible seconds until the next visit."""
@@ -174,8 +208,7 @@ class Agent:
         if reply.HasField("visit") and not self._holds(reply.visit):
             self._visit_held = _new_visit(reply.visit)
             reply = client.check_in(self._body(doing))
-        if self._requests.floor > self._state.floor + _IMPORTANT:
-            self._state.raise_floor(self._requests.floor)
+        self._keep_floor()
         if reply.HasField("assignment"):
             accepted, self._visit_held = doing.accept(reply.assignment, self._visit_held), None
             if accepted is None:

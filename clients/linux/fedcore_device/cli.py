@@ -1,4 +1,4 @@
-"""The ``fedcore-device`` command: enroll, run, status, forget."""
+"""The ``fedcore-device`` command: enroll, run, status, models, update, forget."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from fedcore.errors import FedcoreError, Refused
+from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore_device.state import State
 
 __all__ = ["main"]
@@ -33,7 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     # argparse, not typer: it costs 15 MB less, and is there.
-    parser = argparse.ArgumentParser("fedcore-device", description="A device of a federation: trains on its own examples.")
+    words = "A device of a federation: trains on its own examples, and runs the models that were released."
+    parser = argparse.ArgumentParser("fedcore-device", description=words)
     parser.add_argument("--state", type=Path, metavar="DIR", help="directory of keys and state (default: of systemd or the user)")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     enroll = commands.add_parser("enroll", help="enrol this device with a token of the fleet")
@@ -41,17 +44,23 @@ def _parser() -> argparse.ArgumentParser:
     enroll.add_argument("--token", metavar="TOKEN", help="if not given: $FEDCORE_TOKEN, or it is asked for")
     enroll.add_argument("--plain", action="store_true", help="without TLS; loopback only")
     enroll.set_defaults(call=_enroll)
-    run = commands.add_parser("run", help="take part in rounds until SIGTERM or Ctrl-C")
+    run = commands.add_parser("run", help="take part in rounds and keep models up to date until SIGTERM or Ctrl-C")
     run.add_argument(
-        "--examples", required=True, metavar="SOURCE", help="module:function, or a directory of .npz files with x and y"
-    )
+        "--examples", default="", metavar="SOURCE",
+        help="module:function, or a directory of .npz files with x and y; without, it only keeps models up to date",
+    )  # fmt: skip
     run.add_argument("--conditions", type=Path, metavar="FILE", help="JSON file whose keys take the place of sensed conditions")
     run.add_argument("--look", type=float, default=30.0, metavar="SECONDS", help="between two looks at the conditions")
     run.set_defaults(call=_run)
     status = commands.add_parser("status", help="what this device is and does")
     status.add_argument("--json", action="store_true", dest="as_json")
     status.set_defaults(call=_status)
-    forget = commands.add_parser("forget", help="leave the fleet for good: erases keys, checkpoints and the server's record")
+    models = commands.add_parser("models", help="the released models that are installed, and how they do")
+    models.add_argument("--json", action="store_true", dest="as_json")
+    models.set_defaults(call=_models)
+    update = commands.add_parser("update", help="look for releases now, whatever the conditions are")
+    update.set_defaults(call=_update)
+    forget = commands.add_parser("forget", help="leave the fleet for good: erases keys, models, checkpoints, the server's record")
     forget.set_defaults(call=_forget)
     return parser
 
@@ -103,13 +112,14 @@ def _status(given: argparse.Namespace) -> int:
     from fedcore_device.agent import load_enrolled
     from fedcore_device.environment import LinuxEnvironment
     from fedcore_device.policy import read_policy
+    from fedcore_device.standing import model_table
 
     state = _state(given)
     policy, environment = read_policy(state.directory / "policy.toml"), LinuxEnvironment(state.directory, "")
     why = policy.conditions.why_not(environment.conditions(training=False), environment.clock())
     enrolled = load_enrolled(state) if state.kept("enrolment.bin") else None
     work = state.work()
-    found = {
+    found: dict[str, Any] = {
         "state": str(state.directory),
         "device": spell(enrolled.device) if enrolled else None,
         "fleet": enrolled.trust.deployment if enrolled else None,
@@ -117,15 +127,66 @@ def _status(given: argparse.Namespace) -> int:
         "eligible": why or True,
         "round": {"task": work.task, "round": work.round, "phase": work.phase} if work else None,
         "participations": {task: one.times for task, one in state.history().items()},
+        "models": model_table(state),
         "problem": state.problem or None,
     }
     if given.as_json:
         print(json.dumps(found))
         return 0
     for name, value in found.items():
-        if value not in (None, {}):
+        if name != "models" and value not in (None, {}):
             print(f"{name:18} {'yes' if value is True else value}")
+    _print_models(found["models"])
     return 0
+
+
+def _models(given: argparse.Namespace) -> int:
+    from fedcore_device.standing import model_table
+
+    found = model_table(_state(given))
+    if given.as_json:
+        print(json.dumps(found))
+    elif found:
+        _print_models(found)
+    else:
+        print("no models; [updates] models of policy.toml names those that the agent installs")
+    return 0
+
+
+def _print_models(models: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, one in models.items():
+        words = [f"release {one['version']}" if one["version"] else "nothing installed"]
+        words += ["on probation"] if one["probation"] else []
+        words += [f"before it {one['previous']}"] if one["previous"] else []
+        words += [f"{key} {value:g}" for key, value in one["signals"].items()]
+        print(f"model {name:12} {'; '.join(words)}")
+        for version, why in one["unfit"].items():
+            print(f"{'':18} release {version} was unfit: {why}")
+        if one["problem"]:
+            print(f"{'':18} last update: {one['problem']}")
+
+
+def _update(given: argparse.Namespace) -> int:
+    from fedcore_device.agent import Agent
+    from fedcore_device.environment import LinuxEnvironment
+    from fedcore_device.policy import read_policy
+    from fedcore_device.standing import model_table
+    from fedcore_device.updates import ASKED
+
+    state = _state(given)
+    policy = read_policy(state.directory / "policy.toml")
+    if not policy.updates.models:
+        raise Refused(f"[updates] models of {state.directory / 'policy.toml'} names no model")
+    try:
+        with state.locked():
+            Agent(state, LinuxEnvironment(state.directory, ""), policy).update(now=True)
+    except TryAgain:
+        state.keep(ASKED, b"")
+        print("the agent that runs here looks at its next turn; `fedcore-device models` shows what came of it")
+        return 0
+    found = model_table(state)
+    _print_models(found)
+    return _FAILED if any(one["problem"] for one in found.values()) else 0
 
 
 def _forget(given: argparse.Namespace) -> int:
@@ -134,7 +195,7 @@ def _forget(given: argparse.Namespace) -> int:
     state = _state(given)
     with state.locked():
         problem = forget_device(state)
-    print("keys, checkpoints and history are erased")
+    print("keys, checkpoints, history and installed models are erased")
     if problem:
         print(f"error: the gateway was not told: {problem}; its operator can revoke the device", file=sys.stderr)
         return _FAILED

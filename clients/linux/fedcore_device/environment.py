@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 
 from fedcore.errors import Refused
 
-__all__ = ["Conditions", "Environment", "LinuxEnvironment"]
+__all__ = ["Conditions", "Environment", "LinuxEnvironment", "hardware_name"]
 
 _BUSY = 0.5  # load of a core, in the last minute, above which somebody uses the device
 _OTHERS = ("wwan", "ppp", "wwp", "usb", "rmnet")  # beginnings of names of interfaces that are paid by the byte
@@ -111,6 +112,11 @@ class LinuxEnvironment:
 
     def _glob(self, pattern: str) -> list[Path]:
         return sorted(self._root.glob(pattern))
+
+
+def hardware_name(root: Path = Path("/")) -> str:
+    """What the machine is called, as "Raspberry Pi 4 Model B Rev 1.4"; its architecture where it has no name."""
+    return (_text(root / "proc/device-tree/model").strip("\x00") or platform.machine())[:64]
 
 
 def _text(path: Path) -> str:

@@ -17,9 +17,11 @@ from fedcore.errors import Refused
 from fedcore.registry.slots import Pointer, read_pointer
 from fedcore_device.state import write_durably
 
-__all__ = ["Trial", "health_path", "installed", "keep_trial", "model_directory", "read_trials"]
+__all__ = ["TIERS", "Trial", "health_path", "installed", "keep_trial", "model_directory", "read_trials"]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
+TIERS = ("flagship", "entry", "wearable")
+"""fedcore's own tiers, the largest first."""
 _KEPT = 3  # trials: of both slots, and of one that was found unfit
 
 

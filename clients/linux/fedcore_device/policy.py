@@ -1,7 +1,7 @@
 """What the device's owner lets the federation do. Strictest by default; only a file on the device, policy.toml, loosens it.
 
-Its sections and keys are the classes below and their fields: [plan] is `PlanPolicy`, [conditions] `Eligibility`, [limits] `Limits`
-and [device] `DeviceFacts`.
+Its sections and keys are the classes below and their fields: [plan] is `PlanPolicy`, [conditions] `Eligibility`, [limits] `Limits`,
+[device] `DeviceFacts` and [updates] `UpdatePolicy`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedcore.gateway import gateway_pb2 as pb
 from fedcore_device.environment import Conditions
 from fedcore_device.state import Participation
 
-__all__ = ["DeviceFacts", "Eligibility", "Limits", "PlanPolicy", "Policy", "read_policy"]
+__all__ = ["DeviceFacts", "Eligibility", "Limits", "PlanPolicy", "Policy", "UpdatePolicy", "read_policy"]
 
 _DAY = 24 * 3600 * 1000
 _MINUTES = 24 * 60
@@ -127,6 +127,30 @@ class DeviceFacts:
 
 
 @dataclass(frozen=True)
+class UpdatePolicy(Eligibility):
+    """Which released models the agent installs, and when; the conditions are an update's own. None without ``models``.
+
+    ``runtime``: whose files; ``repository``: https://... to fetch them from, the gateway where it is empty; ``minimum_version``:
+    no release below it; ``largest_bytes``: of a file. ``agreement``, ``p95_ms`` (0: any), ``memory`` and ``seconds`` are what a
+    release has to keep in its self-test. After ``probation`` seconds without trouble it is there to stay.
+    """
+
+    charging: bool = False
+    idle: bool = False
+    battery_percent: int = 20
+    models: tuple[str, ...] = ()
+    runtime: str = "onnx"
+    repository: str = ""
+    minimum_version: int = 1
+    largest_bytes: int = 256_000_000
+    agreement: float = 0.95
+    p95_ms: float = 0.0
+    memory: int = 600_000_000
+    seconds: int = 120
+    probation: int = 3600
+
+
+@dataclass(frozen=True)
 class Policy:
     """The owner's policy."""
 
@@ -134,6 +158,7 @@ class Policy:
     conditions: Eligibility = field(default_factory=Eligibility)
     limits: Limits = field(default_factory=Limits)
     device: DeviceFacts = field(default_factory=DeviceFacts)
+    updates: UpdatePolicy = field(default_factory=UpdatePolicy)
 
 
 def read_policy(file: Path) -> Policy:
@@ -148,7 +173,7 @@ def read_policy(file: Path) -> Policy:
         return Policy()
     except (OSError, ValueError) as error:
         raise Refused(f"{file} cannot be read ({error})") from error
-    kinds = {"plan": PlanPolicy, "conditions": Eligibility, "limits": Limits, "device": DeviceFacts}
+    kinds = {"plan": PlanPolicy, "conditions": Eligibility, "limits": Limits, "device": DeviceFacts, "updates": UpdatePolicy}
     for name in table:
         if name not in kinds:
             raise Refused(f"{file}: unknown section [{name}]; allowed: {', '.join(kinds)}")

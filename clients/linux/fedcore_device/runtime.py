@@ -26,7 +26,7 @@ import numpy.typing as npt
 from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.registry.slots import POINTER, Artefact, Release, read_pointer
 from fedcore_device.environment import Environment, LinuxEnvironment
-from fedcore_device.installed import health_path, model_directory, read_trials
+from fedcore_device.installed import TIERS, health_path, model_directory, read_trials
 from fedcore_device.runtime_artefact import CPU, Opened, default_delegates, open_artefact, usable_runtimes
 from fedcore_device.runtime_health import HealthFile
 from fedcore_device.runtime_server import Ask, SecondOpinion, ask_url, softmax
@@ -36,7 +36,6 @@ from fedcore_device.state import write_durably
 __all__ = ["Loaded", "Runtime"]
 
 _LOG = logging.getLogger(__name__)
-_TIERS = ("flagship", "entry", "wearable")  # fedcore's own, the largest first; others follow by size
 _DELEGATES = "delegates.json"
 _TRIES = 5  # looks at a pointer that changes while its files are opened
 
@@ -70,7 +69,7 @@ class Runtime:
     Args:
         directory: the agent's (`fedcore-device --state`).
         memory: bytes that loaded models may take together. threads: of one prediction.
-        tiers: the largest first; the second of those installed runs while the device is strained.
+        tiers: the largest first, others follow by size; the second of those installed runs while the device is strained.
         delegates: by runtime, what is tried in turn before the CPU; all that ONNX Runtime was built with if not given.
         strain: when the lower tier runs. environment: where conditions come from; this machine if None.
         server: asked about examples whose most probable class is below ``confidence``: a function, or an https URL. **These
@@ -81,7 +80,7 @@ class Runtime:
     """
 
     def __init__(
-        self, directory: Path | str, *, memory: int = 256 << 20, threads: int = 1, tiers: Sequence[str] = _TIERS,
+        self, directory: Path | str, *, memory: int = 256 << 20, threads: int = 1, tiers: Sequence[str] = TIERS,
         delegates: Mapping[str, Sequence[str]] | None = None, strain: Strain | None = None, environment: Environment | None = None,
         server: Ask | str | None = None, confidence: float = 0.5, server_seconds: float = 1.0,
     ) -> None:  # fmt: skip

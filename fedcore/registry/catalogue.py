@@ -157,7 +157,8 @@ def delta(model: str, version: int, base: bytes, result: bytes, data: bytes) -> 
 
 
 def self_test(model: str, version: int, data: bytes) -> Item:
-    """The public batch with which a device tries a model before it switches to it."""
+    """The public batch with which a device tries a model before it switches to it: the bytes of an .npz with ``x`` float32
+    [n, *shape], normalised, channels first, and ``y`` integers [n], the labels that the release is to give."""
     return Item(_path(model, version, "self-test", "batch.npz"), data, {"kind": SELF_TEST, "model": model, "version": version})
 
 

@@ -22,13 +22,16 @@ import tomli_w
 from fedcore.errors import Refused
 
 __all__ = [
-    "TIERS", "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig", "ModelConfig", "PrivacyConfig",
-    "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig", "StrategyConfig", "TierConfig", "TrainingConfig", "WireConfig",
-    "describe", "load_config", "parse_config",
+    "MEANS", "TIERS", "AsynchronousConfig", "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig",
+    "FleetConfig", "ModelConfig", "PrivacyConfig", "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig",
+    "StrategyConfig", "TierConfig", "TrainingConfig", "WireConfig", "describe", "load_config", "parse_config",
 ]  # fmt: skip
 
 DATASETS = ("digits", "fashion-mnist", "smartwatch")
 MODELS = ("mlp", "cnn", "lenet", "dscnn", "imu_cnn")
+MEANS = ("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi")
+"""Strategies of Flower that need only the mean of what clients send."""
+STRATEGY_NAMES = (*MEANS, "fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "qfedavg")
 DRAWN_HERE = frozenset(("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes"))
 
 
@@ -131,8 +134,7 @@ class StrategyConfig:
     """[strategy]"""
 
     name: str = _key("fedavg", "aggregation strategy: a short name (fedcore doctor lists them) or your own class",
-                     named=("fedavg", "fedprox", "fedavgm", "fedadagrad", "fedadam", "fedyogi", "fedmedian", "fedtrimmedavg",
-                            "krum", "multikrum", "bulyan", "qfedavg"), reference="Class")  # fmt: skip
+                     named=STRATEGY_NAMES, reference="Class")  # fmt: skip
     params: dict[str, Any] = _key({}, "keyword arguments of the strategy")
 
 
@@ -145,6 +147,36 @@ class CohortConfig:
     dropout: float = _key(0.0, "share of simulated clients that vanish in a round, at a random step of it", low=0, high=0.9)
     timeout: float = _key(3600.0, "seconds to wait for the replies of a round before it fails", above=0, high=1e6)
     attempts: int = _key(3, "times that a round with real clients is tried before the run ends", low=1, high=100)
+
+
+@dataclass(frozen=True)
+class AsynchronousConfig:
+    """[asynchronous]: buffered asynchronous rounds (FedBuff); cohort.size has no meaning with them"""
+
+    buffer: int = _key(0, "updates to a server step, which counts as a round; 0 = synchronous rounds", low=0)
+    concurrency: int = _key(0, "clients that train at once; 0 = ten buffers, or all clients where that is fewer", low=0)
+    staleness_exponent: float = _key(
+        0.5, "an update that began a steps ago weighs 1 / (1 + a)^exponent; 0 = all ages alike", low=0, high=10
+    )
+    max_staleness: int = _key(20, "an update that began more steps ago is discarded (devices: refused as late)", low=0, high=10_000)
+
+    def at_once(self, population: int) -> int:
+        """Clients that train at once, of ``population``."""
+        return self.concurrency or min(10 * self.buffer, population)
+
+
+@dataclass(frozen=True)
+class FleetConfig:
+    """[fleet]: how fast simulated clients are, on a virtual clock"""
+
+    median_seconds: float = _key(0.0, "virtual seconds of a typical client's work; 0 = no virtual clock", low=0, high=1e9)
+    spread: float = _key(0.5, "standard deviation of the logarithm of clients' times", low=0, high=5)
+    jitter: float = _key(0.1, "the same of one client's times from one task to the next", low=0, high=5)
+    slow_share: float = _key(0.0, "share of the clients that are slower", low=0, high=1)
+    slow_factor: float = _key(10.0, "how many times as long those take", low=1, high=1e6)
+    over_selection: float = _key(
+        1.0, "clients asked in a synchronous round, as a multiple of cohort.size; it ends when that many are done", low=1, high=10
+    )
 
 
 @dataclass(frozen=True)
@@ -308,6 +340,8 @@ class RunConfig:
     training: TrainingConfig = TrainingConfig()
     strategy: StrategyConfig = StrategyConfig()
     cohort: CohortConfig = CohortConfig()
+    asynchronous: AsynchronousConfig = AsynchronousConfig()
+    fleet: FleetConfig = FleetConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     wire: WireConfig = WireConfig()
     privacy: tuple[PrivacyConfig, ...] = ()
@@ -521,8 +555,41 @@ def _impossible(config: RunConfig) -> Iterator[str]:
         yield 'engine.name = "loop" on cuda runs in one process: set engine.workers = 1, or use "vmap"'
     yield from _impossible_privacy(config)
     yield from _impossible_secagg(config.secagg)
+    yield from _impossible_asynchronous(config)
     for key in sorted(DRAWN_HERE & set(config.strategy.params)):
         yield f"strategy.params.{key} cannot be set: fedcore draws the cohort; use cohort.size or cohort.evaluate_size"
+
+
+def _impossible_asynchronous(config: RunConfig) -> Iterator[str]:
+    """What buffered asynchronous rounds, and the times of a virtual fleet, cannot go with."""
+    one, fleet, population = config.asynchronous, config.fleet, config.data.clients
+    if not one.buffer:
+        if one != AsynchronousConfig():
+            yield "[asynchronous] has no meaning without asynchronous.buffer >= 1"
+        if fleet.over_selection > 1 and not (fleet.median_seconds and config.cohort.size):
+            yield "fleet.over_selection > 1 needs fleet.median_seconds > 0 and a cohort.size: it does not wait for the slowest"
+        if fleet.over_selection > 1 and (config.privacy or config.secagg.enabled):
+            yield "fleet.over_selection > 1 cannot be simulated with [privacy] or [secagg], whose rounds are made for who was drawn"
+        return
+    for key in ("buffer", "concurrency"):
+        if population and getattr(one, key) > population:
+            yield f"asynchronous.{key} = {getattr(one, key)} is more than data.clients = {population}"
+    if config.secagg.enabled:
+        yield "[asynchronous] cannot go with [secagg]: masks cancel in the sum of a cohort, and updates that come singly have none"
+    if config.unit_privacy("client"):
+        yield (
+            "[asynchronous] cannot go with [privacy] of unit client: its noise and amplification are defined for the sum of a "
+            'round\'s cohort; unit = "example" can, or leave [asynchronous] out'
+        )
+    if config.strategy.name in STRATEGY_NAMES and config.strategy.name not in MEANS:
+        yield (
+            f"[asynchronous] gives the strategy one weighted mean, which {config.strategy.name} cannot use; it takes "
+            f"{', '.join(MEANS)}, or a class with accepts_mean = True"
+        )
+    if config.cohort.size or fleet.over_selection > 1:
+        yield "cohort.size and fleet.over_selection are of synchronous rounds: [asynchronous] has buffer and concurrency"
+    if config.checkpoint.every > 1:
+        yield "checkpoint.every must be 1 with [asynchronous]: a version of the model is committed before anybody is given it"
 
 
 def _impossible_privacy(config: RunConfig) -> Iterator[str]:

@@ -15,15 +15,25 @@ from fedcore.flower import decode_state, encode_state
 from fedcore.quantization.wire import ActivationRange
 from fedcore.state.sqlite import Checkpoint
 
-__all__ = ["Origin", "Progress", "from_checkpoint", "to_checkpoint"]
+__all__ = ["Origin", "Pending", "Progress", "from_checkpoint", "to_checkpoint"]
 
-_STRATEGY = "strategy/"
+_STRATEGY, _PENDING = "strategy/", "pending/"
+
+
+@dataclass(frozen=True)
+class Pending:
+    """Asynchronous work that was begun and has not arrived, as its source of arrivals writes it: ``facts`` that are JSON, and
+    arrays by name."""
+
+    facts: Mapping[str, Any]
+    arrays: Mapping[str, npt.NDArray[Any]]
 
 
 @dataclass(frozen=True)
 class Progress:
     """The state after a round: ``master`` [d] fp32, frozen activation ranges, and ``seen``: which clients already hold the
-    frozen parameters. ``clipping_norm`` is that of the next release, ``scores`` are the clients' of the last open evaluation."""
+    frozen parameters. ``clipping_norm`` is that of the next release, ``scores`` are the clients' of the last open evaluation.
+    ``virtual_seconds`` have passed since the run began where a virtual fleet has a clock."""
 
     round_number: int
     master: npt.NDArray[np.float32]
@@ -31,6 +41,8 @@ class Progress:
     seen: npt.NDArray[np.bool_]
     clipping_norm: float = 0.0
     scores: Mapping[str, Any] | None = None
+    virtual_seconds: float = 0.0
+    pending: Pending | None = None
 
 
 @dataclass(frozen=True)
@@ -62,8 +74,11 @@ def to_checkpoint(progress: Progress, strategy: Strategy, origin: Origin) -> Che
         "origin": origin.parts,
         "clipping_norm": progress.clipping_norm,
         "key": origin.key,
+        "virtual_seconds": progress.virtual_seconds,
+        "pending": progress.pending.facts if progress.pending else None,
     }
     held = {f"{_STRATEGY}{key}": array for key, array in arrays.items()} | {"master": progress.master, "seen": progress.seen}
+    held |= {f"{_PENDING}{key}": array for key, array in progress.pending.arrays.items()} if progress.pending else {}
     return Checkpoint(progress.round_number, held, facts)
 
 
@@ -73,11 +88,19 @@ def from_checkpoint(checkpoint: Checkpoint, strategy: Strategy, origin: Origin, 
     Raises:
         Refused: the commit is of another model, other data, another number of clients or another key.
     """
-    arrays = {key.removeprefix(_STRATEGY): array for key, array in checkpoint.arrays.items() if key.startswith(_STRATEGY)}
-    decode_state(strategy, checkpoint.facts["strategy"], arrays)
+    decode_state(strategy, checkpoint.facts["strategy"], _below(_STRATEGY, checkpoint))
     master, seen = checkpoint.arrays["master"], checkpoint.arrays["seen"]
     if master.size != size or seen.size != clients:
         raise Refused("--resume: the last commit is of another model or another number of clients than the scenario's")
     origin.check(checkpoint.facts)
     ranges = {name: ActivationRange(scale, zero) for name, (scale, zero) in checkpoint.facts["ranges"].items()}
-    return Progress(checkpoint.round_number, master, ranges, seen, checkpoint.facts["clipping_norm"], checkpoint.facts["clients"])
+    facts = checkpoint.facts
+    pending = Pending(facts["pending"], _below(_PENDING, checkpoint)) if facts.get("pending") else None
+    return Progress(
+        checkpoint.round_number, master, ranges, seen, facts["clipping_norm"], facts["clients"], facts.get("virtual_seconds", 0.0),
+        pending,
+    )  # fmt: skip
+
+
+def _below(prefix: str, checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:
+    return {key.removeprefix(prefix): array for key, array in checkpoint.arrays.items() if key.startswith(prefix)}

@@ -22,9 +22,10 @@ from flwr.serverapp import Grid
 
 from fedcore.coordinator.assembly import Assembly, naming_the_model
 from fedcore.coordinator.budget import Budget
-from fedcore.coordinator.checkpoint import Origin, Progress, from_checkpoint, to_checkpoint
+from fedcore.coordinator.checkpoint import Origin, Pending, Progress, from_checkpoint, to_checkpoint
 from fedcore.coordinator.scores import by_client, tell_scores
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
+from fedcore.data.fleet import draw_fleet
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
 from fedcore.flower import Facts, Roster, facts_of, from_record, only_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
@@ -36,7 +37,7 @@ from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import evaluate, load_flat
 from fedcore.training.plan import LocalPlan
 
-__all__ = ["Coordinator", "DrawnGrid", "Metrics", "Seen"]
+__all__ = ["Coordinator", "DrawnGrid", "Metrics", "Seen", "Work"]
 
 Floats = npt.NDArray[np.float32]
 Metrics = dict[str, Any]
@@ -82,6 +83,7 @@ class Coordinator:
                 'every contribution: use [secagg] enabled = true, "gaussian", or simulate'
             )
         self._grid, self._store, self._model = grid, store, assembly.model
+        self._fleet = draw_fleet(self.config.fleet, len(assembly.data.clients), self.config.run.seed) if grid.simulated else None
         # Strategies of Flower call no more of a Grid than a DrawnGrid has; where anything is private, none may ask clients itself.
         self._shown = Roster(grid) if assembly.config.privacy or assembly.secured else cast("Grid", grid)
         frozen = layout_of(self._model, trainable=False)
@@ -136,7 +138,10 @@ class Coordinator:
         clock.lap("train")
         # 4. Evaluate on the coordinator's test part, and on the clients.
         norm = self._client_unit.next_norm(progress.clipping_norm, trained.unclipped) if self._client_unit else 0.0
-        new = dataclasses.replace(progress, round_number=number, master=master, clipping_norm=norm)
+        seconds = progress.virtual_seconds + work.virtual_seconds
+        new = dataclasses.replace(
+            progress, round_number=number, master=master, clipping_norm=norm, virtual_seconds=seconds, pending=work.pending
+        )
         last = number == config.run.rounds
         central = self.evaluate(new) if last or (config.evaluation.every and number % config.evaluation.every == 0) else {}
         federated: Metrics = {}
@@ -152,6 +157,8 @@ class Coordinator:
         metrics: Metrics = {
             "round": number,
             **counted,
+            **({"virtual_seconds": seconds} if self._fleet else {}),
+            **work.metrics,
             **aggregated,
             "update_norm": float(np.linalg.norm(master.astype(np.float64) - progress.master)),
             "quantized": bool(progress.ranges),
@@ -166,8 +173,9 @@ class Coordinator:
         return dataclasses.replace(new, seen=seen), _finite(metrics)
 
     def _draw(self, number: int) -> tuple[int, ...]:
-        """The round's cohort."""
-        seed, population, size = self.config.run.seed, len(self.assembly.data.clients), self.config.cohort.size
+        """The clients that are asked in a round."""
+        seed, population = self.config.run.seed, len(self.assembly.data.clients)
+        size = min(population, math.ceil(round(self.config.cohort.size * self.config.fleet.over_selection, 9)))
         resting = self._budget.resting(number) if self._budget else ()
         if self._client_unit and 0 < self._client_unit.rate < 1:
             key = self.assembly.root.derive("coins", number) if self._grid.simulated else secrets.token_bytes(32)
@@ -191,14 +199,23 @@ class Coordinator:
         usual = float(np.finfo(np.float32).max) if example or self._client_unit else 10 * max(1.0, norm)
         return RoundTask(number, plan, training.max_update_norm or usual, progress.ranges, release)
 
-    def _attempt_to_train(self, number: int, progress: Progress) -> _Work:
+    def _wait(self, number: int, asked: tuple[int, ...]) -> tuple[tuple[int, ...], float, Metrics]:
+        """Of the clients asked those whose work is waited for, and how long that takes on a virtual clock: until the last of them
+        would be done, whether it vanishes or not."""
+        if not self._fleet:
+            return asked, 0.0, {}
+        kept, seconds = self._fleet.fastest(number, asked, self.config.cohort.size or len(asked))
+        return kept, seconds, {"discarded": len(asked) - len(kept)} if self.config.fleet.over_selection > 1 else {}
+
+    def _attempt_to_train(self, number: int, progress: Progress) -> Work:
         """A cohort's work, paid for. Real clients come and go: with them a round whose replies do not suffice is tried again,
         with a cohort of its own and a charge of its own."""
         failures: list[str] = []
         self.observed = []
         secured = self.assembly.secured
         while True:
-            self._grid.nodes = cohort = self._draw(number)
+            cohort, seconds, waited = self._wait(number, self._draw(number))
+            self._grid.nodes = cohort
             noised = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
             if self._budget:
                 self._budget.charge(number, cohort, noised)
@@ -217,9 +234,9 @@ class Coordinator:
                     raise
             else:
                 self.observed.append(Seen(number, tuple(cohort), self._grid.observed))
-                return _Work(tuple(cohort), release, replies, facts, failures)
+                return Work(tuple(cohort), release, replies, facts, failures, waited, seconds)
 
-    def _hint(self, work: _Work, progress: Progress) -> str:
+    def _hint(self, work: Work, progress: Progress) -> str:
         """What a person might want to change about how updates are summed."""
         if not isinstance(work.release, UpdateSum) or len(work.replies) != 1:
             return ""
@@ -370,14 +387,21 @@ class Seen:
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What a cohort was asked for (``release``) and replied, and why earlier cohorts of the round did not suffice."""
+class Work:
+    """What a cohort was asked for (``release``) and replied, and why earlier cohorts of the round did not suffice.
+
+    ``metrics`` are the round's own, ``virtual_seconds`` what it took on the clock of a virtual fleet, ``pending`` the work that
+    goes on after it.
+    """
 
     cohort: tuple[int, ...]
     release: Summation | None
     replies: list[Message]
     facts: Facts
     failures: list[str]
+    metrics: Metrics = dataclasses.field(default_factory=dict)
+    virtual_seconds: float = 0.0
+    pending: Pending | None = None
 
 
 class _Clock:

@@ -19,12 +19,15 @@ import torch
 from fedcore import __version__
 from fedcore.config import RunConfig
 from fedcore.coordinator.assembly import Assembly, assemble, build_clients
+from fedcore.coordinator.asynchronous import BufferedCoordinator
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.directory import Claim, begun, claim, continued, write
 from fedcore.coordinator.key import read_key
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.secure import simulated_trust
 from fedcore.coordinator.strategy import accepts_mean
+from fedcore.coordinator.virtual import VirtualArrivals
+from fedcore.data.fleet import draw_fleet
 from fedcore.errors import FedcoreError, Refused, RoundFailed
 from fedcore.grids.cohort import CohortGrid
 from fedcore.grids.pool import available_workers
@@ -37,6 +40,7 @@ from fedcore.state.sqlite import RunStore
 __all__ = ["FederatedRun", "RunGrid", "SimulatedRun"]
 
 _OPERATOR = "operator.jsonl"  # who took part in releases: not for publication
+_VERSIONS = 16  # models that workers see at once in asynchronous rounds; of more, some wait
 _BLAMED = "blamed.json"  # enrolled clients that dealt false shares: a continued run does not ask them either
 _SIMULATED = (
     "This run was simulated: noise and coins derive from run.seed, so that it repeats to the bit. Whoever knows the seed, which "
@@ -94,7 +98,7 @@ class FederatedRun:
                 opened.callback(self._ledger.close)
             protection, fresh = self.assembly.protection, not self.grid.simulated
             budget = Budget(protection, self._ledger, self._store.run_id, fresh_noise=fresh) if self._ledger else None
-            self.coordinator = Coordinator(self.assembly, self.grid, self._store, budget)
+            self.coordinator = self._coordinate(self._store, budget)
             self._check_continuation()
             if isinstance(self.grid, SecureGrid) and (directory / _BLAMED).exists():
                 self.grid.blamed.update(json.loads((directory / _BLAMED).read_text()))
@@ -111,6 +115,10 @@ class FederatedRun:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         self._keep = kind is None or self._hasbegun()
         self._opened.close()
+
+    def _coordinate(self, store: RunStore, budget: Budget | None) -> Coordinator:
+        """What runs the rounds."""
+        return Coordinator(self.assembly, self.grid, store, budget)
 
     def _root(self, key: bytes | None) -> RootKey | None:
         """The run's own root key, where it has a secret one or shares a ledger."""
@@ -214,6 +222,7 @@ class FederatedRun:
             "clients_per_second": sum(_worked(entry) for entry in self._history) / sum(t["train"] for t in timings),
             "seconds": sum(timing["seconds"] for timing in timings),
             "dropped": self._dropped(),
+            **self._fleet_facts(last),
             **({"ended": self.coordinator.ended} if self.coordinator.ended else {}),
             **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,
@@ -235,6 +244,12 @@ class FederatedRun:
         if self.config.secagg.shards > 1:
             return f"one mean reply for each of {self.config.secagg.shards} shards"
         return "one mean reply" if self.grid.mean else "one reply per client"
+
+    def _fleet_facts(self, last: Metrics) -> dict[str, Any]:
+        """What a fleet's speeds came to: time on a virtual clock, and work that was thrown away."""
+        thrown = [entry["discarded"] for entry in self._history if "discarded" in entry]
+        clock = {"virtual_seconds": last["virtual_seconds"]} if "virtual_seconds" in last else {}
+        return clock | ({"discarded": sum(thrown)} if thrown else {})
 
     def _dropped(self) -> int | None:
         """Clients that were drawn and gave nothing; None where that number is withheld."""
@@ -266,7 +281,20 @@ class SimulatedRun(FederatedRun):
     grid: CohortGrid | SecureGrid
 
     def __init__(self, config: RunConfig, directory: Path, *, resume: bool) -> None:
+        if config.asynchronous.buffer and not config.fleet.median_seconds:
+            raise Refused("[asynchronous] is simulated on a virtual clock: fleet.median_seconds must be > 0")
         super().__init__(config, directory, _cohort, resume=resume)
+
+    def _coordinate(self, store: RunStore, budget: Budget | None) -> Coordinator:
+        config, population = self.assembly.config, len(self.assembly.data.clients)
+        fleet = draw_fleet(config.fleet, population, config.run.seed)
+        if not config.asynchronous.buffer or fleet is None or isinstance(self.grid, SecureGrid):
+            return super()._coordinate(store, budget)
+        for key in ("buffer", "concurrency"):
+            if getattr(config.asynchronous, key) > population:
+                raise Refused(f"asynchronous.{key} is more than the {population} clients of the partition")
+        arrivals = VirtualArrivals(self.grid, config.asynchronous, fleet, config.cohort.timeout)
+        return BufferedCoordinator(self.assembly, self.grid, store, budget, arrivals)
 
 
 def _cohort(assembly: Assembly) -> CohortGrid | SecureGrid:
@@ -275,7 +303,9 @@ def _cohort(assembly: Assembly) -> CohortGrid | SecureGrid:
     clients, layout, secured = build_clients(assembly), assembly.layout, assembly.secured
     released = assembly.protection.released
     if secured is None:
-        return CohortGrid(clients, layout, mean=accepts_mean(assembly.strategy), workers=workers, released=released)
+        mean, one = accepts_mean(assembly.strategy), assembly.config.asynchronous
+        versions = min(1 + one.max_staleness, one.buffer, _VERSIONS) if one.buffer else 1
+        return CohortGrid(clients, layout, mean=mean, workers=workers, released=released, versions=versions)
     trust = simulated_trust(assembly.config, secured)
     inner = CohortGrid(
         clients, layout, mean=True, workers=workers, released=max(released, secured.largest),

@@ -33,6 +33,7 @@ from fedcore.grids.pool import Doubles, WorkerPool
 from fedcore.grids.protocol import Invited, check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
 from fedcore.grids.publish import CONTRIBUTION, publish
 from fedcore.models import ParameterLayout
+from fedcore.native.cohort import Board, units_of
 from fedcore.quantization.wire import decode_model, encode_model
 from fedcore.secagg.participant import Accepted, Participants, hash_work
 from fedcore.secagg.sums import ScoreSum
@@ -40,14 +41,13 @@ from fedcore.training.client import CHECK_IN, SCORE_BYTES, Clients, RoundTask
 
 __all__ = ["Begun", "CohortGrid", "Trained"]
 
-_UNITS = 32  # work units of a round: a constant, so that the order of summation does not depend on the number of workers
-
 
 @dataclass(frozen=True)
 class _Job:
     """A work unit: some clients that train, or that evaluate; masked, where they have invitations to a plan for this work.
 
-    ``slot``: which of the parameters that the workers see they begin with.
+    ``slot``: which of the parameters that the workers see they begin with. With ``shared`` all workers have the same job and share
+    its clients among them.
     """
 
     kind: str
@@ -56,6 +56,7 @@ class _Job:
     slot: int = 0
     invited: Mapping[int, Invited] = field(default_factory=dict)
     work_hash: bytes = b""
+    shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,9 @@ class Trained:
     loss: float
 
 
+_NOTHING = _Sum(Facts(), 0, 0.0)
+
+
 class CohortGrid(ClientGrid):
     """Simulated clients behind Flower's Grid interface; node ids are client ids.
 
@@ -122,13 +126,18 @@ class CohortGrid(ClientGrid):
         assume_identity()
         self._participants = participants
         self.nodes: Sequence[int] = range(len(clients.data.clients))
-        self.clients_done = 0
         self.observed, self.simulated = Facts(), not clients.real
         self.mean, self._updates, self._layout, self._clients = mean, updates, layout, clients
         self.place = f"{workers} worker{'s' if workers > 1 else ''}"
         self._size = max(layout.size, released)
-        self._versions = versions
+        self._versions, self._workers, self._done = versions, workers, 0
+        self._board = Board(len(clients.data.clients), layout.size, workers)
         self._pool = WorkerPool(workers, self._work, versions * layout.size, self._size)
+
+    @property
+    def clients_done(self) -> int:
+        """Clients whose work in this round is finished."""
+        return self._done + self._board.finished
 
     def close(self) -> None:
         """End the worker processes."""
@@ -149,7 +158,8 @@ class CohortGrid(ClientGrid):
             RoundFailed: no client gave a usable reply, a worker died, or ``timeout`` seconds passed.
             Refused: messages that a mean cannot be taken over.
         """
-        self.clients_done, self.observed = 0, Facts()
+        self._done, self.observed = 0, Facts()
+        self._board.begin()
         sent = list(messages)
         check_addressees(sent, self.nodes or [NOBODY])
         if sent and visit_of(sent[0]):
@@ -168,7 +178,8 @@ class CohortGrid(ClientGrid):
         Raises:
             RoundFailed: a worker died, or ``timeout`` seconds passed.
         """
-        self.clients_done, found = 0, []
+        self._done, found = 0, []
+        self._board.begin()
         for first in range(0, len(begun), self._versions):
             found += self._train_some(begun[first : first + self._versions], timeout)
         return found
@@ -185,7 +196,7 @@ class CohortGrid(ClientGrid):
         for job, (part, vector) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
             vectors[job.slot] += vector[:size]
             parts[job.slot].append(part)
-            self.clients_done += len(job.clients)
+            self._done += len(job.clients)
         totals = map(_Sum.of, parts)
         return [Trained(one.facts, vector, one.examples, one.loss) for one, vector in zip(totals, vectors, strict=True)]
 
@@ -240,7 +251,7 @@ class CohortGrid(ClientGrid):
         parts = []
         for job, (part, _) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
             parts.append(part)
-            self.clients_done += len(job.clients)
+            self._done += len(job.clients)
         total = _Sum.of(parts)
         self.observed = total.facts
         return [upload_reply(by_client[client], upload, taken) for client, upload, taken in total.uploads]
@@ -256,25 +267,42 @@ class CohortGrid(ClientGrid):
         self, messages: Sequence[Message], jobs: Sequence[_Job], timeout: float | None
     ) -> Iterator[tuple[Message, _Sum, Doubles]]:
         """Per reply the message it answers, its sums and its vector: one in all for a mean, else one per job."""
+        if self.mean and jobs and jobs[0].kind == MessageType.TRAIN and self._clients.adds_up(jobs[0].task):
+            yield messages[0], self._shared_out(jobs, timeout), self._board.total
+            return
         results = self._pool.map(jobs, timeout)
         if not self.mean:
             for message, (part, vector) in zip(messages, results, strict=True):
-                self.clients_done += 1
+                self._done += 1
                 yield message, part, vector
             return
         total, parts = np.zeros(self._size), []
         for job, (part, vector) in zip(jobs, results, strict=True):
             total += vector
             parts.append(part)
-            self.clients_done += len(job.clients)
+            self._done += len(job.clients)
         yield messages[0], _Sum.of(parts), total
+
+    def _shared_out(self, jobs: Sequence[_Job], timeout: float | None) -> _Sum:
+        """The sums of clients that all workers train together, by units that they take themselves; their vector is the board's."""
+        task, clients = jobs[0].task, tuple(client for job in jobs for client in job.clients)
+        for _ in self._pool.map([_Job(jobs[0].kind, clients, task, shared=True)] * self._workers, timeout):
+            pass
+        replies = list(self._clients.added(clients, task, self._board))
+        good = [reply for reply in replies if not reply.reason]
+        dropped = tuple((reply.client, reply.reason) for reply in replies if reply.reason)
+        facts = Facts(tuple(reply.client for reply in good), dropped, sum(reply.bytes_up for reply in good))
+        return _Sum(facts, sum(reply.examples for reply in good), sum(reply.loss * reply.examples for reply in good))
 
     def _work(self, job: _Job, shared: Doubles, out: Doubles) -> _Sum:
         """Runs in a worker."""
         torch.set_num_threads(1)
-        out.fill(0)
         size = self._layout.size
         values = torch.from_numpy(shared[job.slot * size : (job.slot + 1) * size]).float()
+        if job.shared:
+            self._clients.add_up(values, job.clients, job.task, self._board)
+            return _NOTHING
+        out.fill(0)
         if job.kind == MessageType.EVALUATE:
             return self._evaluate(job, values, out)
         weighted, release = torch.from_numpy(out), job.task.release
@@ -368,10 +396,8 @@ def _node(message: Message) -> int:
 
 
 def _units(clients: Sequence[int]) -> list[tuple[int, ...]]:
-    """At most `_UNITS` runs of consecutive clients, of sizes that differ by at most one."""
-    count = min(_UNITS, len(clients))
-    ends = [round(i * len(clients) / max(1, count)) for i in range(count + 1)]
-    return [tuple(clients[start:end]) for start, end in pairwise(ends)]
+    """At most 32 runs of consecutive clients, of sizes that differ by at most one."""
+    return [tuple(clients[start:end]) for start, end in pairwise([0, *units_of(len(clients))])]
 
 
 def _metrics(kind: str, total: _Sum, *, private: bool) -> dict[str, float]:

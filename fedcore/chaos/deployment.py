@@ -17,11 +17,12 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedcore.chaos.device import Orders
 from fedcore.errors import Refused, RoundFailed
@@ -45,8 +46,8 @@ class Part:
     log: Path
     environment: Mapping[str, str]
     process: subprocess.Popen[bytes] | None = None
-    begun: int = 0
     wanted: bool = False
+    readers: list[threading.Thread] = field(default_factory=list)
 
     @property
     def running(self) -> bool:
@@ -54,12 +55,19 @@ class Part:
         return self.process is not None and self.process.poll() is None
 
     def begin(self) -> None:
-        """Start it; what it prints goes to its log, standard output to NAME.out beside it."""
-        self.begun, self.wanted = self.begun + 1, True
-        with self.log.open("ab") as errors, self.log.with_suffix(".out").open("ab") as out:
-            self.process = subprocess.Popen(  # noqa: S603 - this package's own commands
-                list(self.command()), stdout=out, stderr=errors, stdin=subprocess.DEVNULL, env=dict(self.environment)
-            )
+        """Start it; what it prints goes to its log, standard output to NAME.out beside it, also while its own disk is full."""
+        self.wanted = True
+        self.process = subprocess.Popen(  # noqa: S603 - this package's own commands
+            list(self.command()),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.DEVNULL,
+            env=dict(self.environment),
+        )
+        pairs = ((self.process.stdout, self.log.with_suffix(".out")), (self.process.stderr, self.log))
+        self.readers = [threading.Thread(target=_keep, args=pair, daemon=True) for pair in pairs]
+        for one in self.readers:
+            one.start()
 
     def end(self, number: int = signal.SIGKILL, patience: float = 30.0) -> None:
         """Send a signal and wait; what does not end by itself is killed."""
@@ -73,6 +81,8 @@ class Part:
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
+        for one in self.readers:
+            one.join(5.0)
 
     def said(self) -> list[str]:
         """The lines that it printed to standard output, ever."""
@@ -169,7 +179,10 @@ class Deployment:
         return process.poll() if process else None
 
     def last_words(self, part: str) -> str:
-        """The last line of a part's log."""
+        """The last line of a part's log; complete, once it has ended."""
+        if not self.parts[part].running:
+            for one in self.parts[part].readers:
+                one.join(5.0)
         lines = self.parts[part].log.read_text(errors="replace").splitlines() if self.parts[part].log.exists() else []
         return lines[-1] if lines else "no word"
 
@@ -253,11 +266,17 @@ class Deployment:
     def _add_replica(self, number: int) -> None:
         settings = json.loads((self.fleet / "gateway.json").read_text())
         file = self.fleet / f"replica-{number}.json"
-        file.write_text(json.dumps(settings | {"listen": free_address(), "signer": "", "metrics": ""}))
+        file.write_text(json.dumps(settings | {"listen": free_address(), "signer": ""}))
         part = self._add(f"replica-{number}", lambda: (sys.executable, "-m", "fedcore.gateway.process", str(file)))
         _until(lambda: bool(part.said()) or not part.running, "a gateway does not begin")
         if not part.said():
             raise RoundFailed(f"a gateway did not begin: {self.last_words(part.name)}")
+
+
+def _keep(said: IO[bytes], file: Path) -> None:
+    with said, file.open("ab", buffering=0) as out:
+        for line in said:
+            out.write(line)
 
 
 def free_address() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ KINDS = ("kill", "disk", "network")
 _LOOK = 0.1  # seconds
 _AFTER = 1.0  # seconds before a coordinator that gave up is begun again
 _MOST_ABORTS = 40
+_LEAVING = 60.0
 WIRE = Faults(drop=0.004, duplicate=0.002, delay=0.05, reorder=0.002, truncate=0.004, corrupt=0.004)
 MESSAGES = Faults(drop=0.06, duplicate=0.08, delay=0.08, reorder=0.06, truncate=0.02, corrupt=0.04)
 
@@ -70,10 +72,14 @@ def rehearse(deployment: Deployment, plan: Plan, tell: Callable[[str], None]) ->
             _beat(deployment, plan, judged, tell)
             if network is not None:
                 network.calm()
-            finished = _finish(deployment, plan.patience, judged, tell)
+            finished = _wait(deployment, plan.patience, judged, tell)
             if network is not None:
                 judged.happened += network.happened
         judged.rounds = len({one["round"] for one in deployment.events("round")})
+        coordinator = deployment.parts["coordinator"].process
+        if finished and coordinator is not None:  # which is about to end by itself
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                coordinator.wait(_LEAVING)
         deployment.end_but_store()
         findings = _findings(deployment)
     text = f"{judged.rounds} rounds, {len(judged.aborts)} times given up and continued"
@@ -126,10 +132,6 @@ def _strike(deployment: Deployment, blow: Blow, judged: Judged, tell: Callable[[
     else:
         deployment.fill_disk(blow.target, full=False)
     return hit
-
-
-def _finish(deployment: Deployment, patience: float, judged: Judged, tell: Callable[[str], None]) -> bool:
-    return _wait(deployment, patience, judged, tell)
 
 
 def _wait(deployment: Deployment, seconds: float, judged: Judged, tell: Callable[[str], None]) -> bool:

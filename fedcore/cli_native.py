@@ -97,7 +97,7 @@ def _model(name: str, shape: str, classes: int, *, plain: bool) -> tuple[nn.Modu
 
         settings = ["engine.name=loop", *(["quantization.enabled=false"] if plain else [])]
         assembly = assemble(load_config(Path(name), settings))
-        return assembly.model, assembly.data.dataset.train.x.shape[1:]
+        return assembly.model, assembly.data.dataset.train.shape
     try:
         sizes = tuple(int(size) for size in shape.split(","))
     except ValueError:

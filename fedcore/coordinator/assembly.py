@@ -57,7 +57,8 @@ class Assembly:
         sample = torch.from_numpy(dataset.train.take(self.data.calibration[:4]).x)
         with torch.no_grad(), naming_the_model(self.config):
             logits = start(sample).reshape(-1).tolist()
-        return {"data": train.x.reshape(len(train), -1)[:, ::8].mean(0, dtype=np.float64).tolist(), "model": logits}
+        sums = sum(part.x.reshape(len(part), -1)[:, ::8].sum(0, dtype=np.float64) for part in train.pieces())
+        return {"data": (sums / len(train)).tolist(), "model": logits}
 
     @property
     def layout(self) -> ParameterLayout:
@@ -97,7 +98,7 @@ def assemble(config: RunConfig) -> Assembly:
     model = _model(config, data)
     sample = dataset.train.take(data.calibration[:4])
     check_model(model, torch.from_numpy(sample.x), len(dataset.labels))
-    engine = choose_engine(config.engine, model, sample.x.shape[1:])
+    engine = choose_engine(config.engine, model, sample.shape)
     resolved = config.replace("engine", name=engine.name, device=engine.device)
     if config.unit_privacy("example"):
         check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y))
@@ -119,6 +120,6 @@ def build_clients(assembly: Assembly, *, real: bool = False) -> Clients:
 
 def _model(config: RunConfig, data: FederatedData) -> nn.Module:
     return build_model(
-        config.model, quantized=config.quantization.enabled, input_shape=data.dataset.train.x.shape[1:],
+        config.model, quantized=config.quantization.enabled, input_shape=data.dataset.train.shape,
         classes=len(data.dataset.labels), seed=config.run.seed, folder=config.folder,
     )  # fmt: skip

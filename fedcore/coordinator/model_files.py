@@ -45,7 +45,7 @@ def write_model(directory: Path, assembly: Assembly, progress: Progress) -> tupl
         for name, parameter in model.named_parameters():
             parameter.copy_(torch.from_numpy(received[name]))
     try:
-        onnx_file = to_onnx(model, dataset.train.x.shape[1:], metadata)
+        onnx_file = to_onnx(model, dataset.train.shape, metadata)
         predicted = onnx_logits(onnx_file, dataset.test.x).argmax(1)
         agreement = _agreement(model, dataset.test, predicted)
     except FedcoreError as error:

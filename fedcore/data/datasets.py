@@ -8,9 +8,10 @@ import importlib.util
 import math
 import os
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -23,28 +24,75 @@ __all__ = ["Dataset", "Examples", "load_dataset", "normalised_by_test", "stratif
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bytes = npt.NDArray[np.uint8]
 
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")  # where the Debian package dataset-fashion-mnist puts its files
 FASHION_LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 FASHION_MEAN, FASHION_STD = 0.286041, 0.353024  # of the published train part, pixels in [0, 1]
 WINDOW, STRIDE = 100, 50  # samples at 50 Hz: two seconds, about one repetition of an exercise
 FEWEST_EXAMPLES = 10  # less cannot be shared out among test, calibration and clients
+_AT_ONCE = 4096  # examples that are looked at together, where all of them would need much memory
 _TEST_STREAM = 0x7E57  # keeps this module's random stream apart from others with the same seed
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """``x`` float32 [n, *shape] and its labels ``y`` int64 [n]; read-only by convention."""
+    """``raw`` [n, *shape] and the labels ``y`` int64 [n]; read-only by convention.
 
-    x: Floats
+    Values that came as bytes stay bytes, perhaps in a mapped file: ``raw`` is then uint8 [n, channels, ...], and ``values`` float32
+    [channels, 256] or [1, 256] says what each byte means. Else ``raw`` is float32.
+    """
+
+    raw: Floats | Bytes
     y: Ints
+    values: Floats | None = None
 
     def __len__(self) -> int:
         return len(self.y)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one example."""
+        return self.raw.shape[1:]
+
+    @property
+    def x(self) -> Floats:
+        """The examples as float32 [n, *shape]: four times the memory of bytes."""
+        if self.values is None:
+            return cast("Floats", self.raw)
+        if len(self.values) == 1:
+            return np.take(self.values[0], self.raw)
+        decoded = np.empty(self.raw.shape, np.float32)
+        for channel, row in enumerate(self.values):
+            np.take(row, self.raw[:, channel], out=decoded[:, channel])
+        return decoded
+
     def take(self, indices: Ints) -> Examples:
         """A copy of the examples at ``indices`` int64 [m], in that order."""
-        return Examples(self.x[indices], self.y[indices])
+        return Examples(self.raw[indices], self.y[indices], self.values)
+
+    def pieces(self) -> Iterator[Examples]:
+        """All of them in order, some thousand at a time."""
+        for first in range(0, len(self), _AT_ONCE):
+            part = slice(first, first + _AT_ONCE)
+            yield Examples(self.raw[part], self.y[part], self.values)
+
+    def scaled(self, shift: npt.NDArray[Any], scale: npt.NDArray[Any]) -> Examples:
+        """The examples (x - shift) / scale, with one number a channel."""
+        if self.values is not None:
+            return Examples(self.raw, self.y, ((self.values - shift[:, None]) / scale[:, None]).astype(np.float32))
+        along = (1, -1) + (1,) * (self.raw.ndim - 2)
+        return Examples(((self.raw - shift.reshape(along)) / scale.reshape(along)).astype(np.float32), self.y)
+
+    def moments(self) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """Mean and standard deviation of each channel."""
+        if self.values is None:
+            axes = tuple(axis for axis in range(self.raw.ndim) if axis != 1)
+            return self.raw.mean(axes, dtype=np.float64), self.raw.std(axes, dtype=np.float64)
+        counts = np.stack([_byte_counts(self.raw[:, channel]) for channel in range(self.raw.shape[1])]) / self.raw[:, 0].size
+        values = self.values.astype(np.float64)
+        mean = (counts * values).sum(1)
+        return mean, np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +165,12 @@ class _Wrong(Exception):
     """What is wrong with a data set; `load_dataset` puts its name in front."""
 
 
+def _byte_counts(raw: Bytes) -> Ints:
+    """How often each byte occurs."""
+    pieces = (raw[first : first + _AT_ONCE].reshape(-1) for first in range(0, len(raw), _AT_ONCE))
+    return np.sum([np.bincount(piece, minlength=256) for piece in pieces], axis=0)
+
+
 def _digits(config: DataConfig, seed: int) -> Dataset:
     """1797 images [1, 8, 8] of ten digits: scikit-learn's copy of the test part of the UCI set "Optical Recognition of Handwritten
     Digits" (Alpaydin and Kaynak, 1998)."""
@@ -145,9 +199,8 @@ def _idx_examples(directory: Path, part: str) -> Examples:
         raise _Wrong(
             f"{directory} holds {part} images of {images.shape[1:]} with labels up to {labels.max()}, not 28 x 28 and up to 9"
         )
-    x = np.multiply(images[:, None], 1 / (255 * FASHION_STD), dtype=np.float32)
-    x -= np.float32(FASHION_MEAN / FASHION_STD)
-    return Examples(x, labels.astype(np.int64))
+    values = np.multiply(np.arange(256), 1 / (255 * FASHION_STD), dtype=np.float32) - np.float32(FASHION_MEAN / FASHION_STD)
+    return Examples(images[:, None], labels.astype(np.int64), values[None])
 
 
 def _read_idx(directory: Path, name: str, dimensions: int) -> npt.NDArray[np.uint8]:
@@ -275,10 +328,9 @@ def _of_columns(split: Any, image: str, label: str, labels: int) -> Examples:
     kinds = {(picture.shape, picture.dtype.name) for picture in pictures}
     if len(kinds) != 1 or next(iter(kinds))[1] != "uint8":
         raise _Wrong(f"images must be of 8 bits a channel and one shape, got {', '.join(map(str, sorted(kinds)[:3])) or 'none'}")
-    x = np.stack(pictures).astype(np.float32)
-    x /= 255
+    x = np.stack(pictures)
     x = x[:, None] if x.ndim == 3 else np.ascontiguousarray(np.moveaxis(x, -1, 1))
-    return _checked(Examples(x, np.array(list(split[label]))), labels, "the set")
+    return _checked(Examples(x, np.array(list(split[label])), np.arange(256, dtype=np.float32)[None] / 255), labels, "the set")
 
 
 def _of_user(config: DataConfig, folder: Path, seed: int) -> Dataset:
@@ -293,14 +345,14 @@ def _of_user(config: DataConfig, folder: Path, seed: int) -> Dataset:
         return _checked_dataset(result)
     if not isinstance(result, tuple | list) or len(result) not in (2, 3):
         raise _Wrong(f"must return a Dataset, (x, y) or (x, y, groups), got {_came(result)}")
-    x = _as_floats(result[0], "x")
+    x, meaning = _as_raw(result[0], "x")
     if len(x) < FEWEST_EXAMPLES:
         raise _Wrong(f"must give at least {FEWEST_EXAMPLES} examples, got {len(x)}")
     values, y = _numbered(_values("y", result[1], len(x)))
     if len(values) < 2:
         raise _Wrong(f"must give at least 2 different labels, got only {values[0]}")
     groups = _numbered(_values("groups", result[2], len(x)))[1] if len(result) == 3 and result[2] is not None else None
-    train, test, groups = _split(Examples(x, y), groups, config, seed)
+    train, test, groups = _split(Examples(x, y, meaning), groups, config, seed)
     return Dataset(config.dataset, values, train, test, groups, 0.0, 1.0)
 
 
@@ -308,14 +360,14 @@ def _checked_dataset(given: Dataset) -> Dataset:
     """The user's own `Dataset` with everything in the types that it promises."""
     labels = tuple(str(label) for label in given.labels)
     train, test = _checked(given.train, len(labels), "train"), _checked(given.test, len(labels), "test")
-    if train.x.shape[1:] != test.x.shape[1:]:
-        raise _Wrong(f"train.x and test.x must hold examples of one shape, got {train.x.shape[1:]} and {test.x.shape[1:]}")
+    if train.shape != test.shape:
+        raise _Wrong(f"train.x and test.x must hold examples of one shape, got {train.shape} and {test.shape}")
     if len(train) < FEWEST_EXAMPLES or len(test) == 0:
         raise _Wrong(f"must give at least {FEWEST_EXAMPLES} training examples and 1 for the test, got {len(train)} and {len(test)}")
     if len(np.unique(train.y)) < 2:
         raise _Wrong(f"must give at least 2 different labels, train.y has only {train.y[0]}")
     groups = None if given.groups is None else _numbered(_values("groups", given.groups, len(train)))[1]
-    channels = train.x.shape[1]
+    channels = train.shape[0]
     mean, std = _checked_scale(given.mean, "mean", channels), _checked_scale(given.std, "std", channels)
     return dataclasses.replace(given, labels=labels, train=train, test=test, groups=groups, mean=mean, std=std)
 
@@ -328,13 +380,29 @@ def _checked_scale(given: Any, name: str, channels: int) -> float | tuple[float,
 
 
 def _checked(part: Examples, labels: int, name: str) -> Examples:
-    x = _as_floats(part.x, f"{name}.x")
+    x, meaning = _as_raw(part.raw, f"{name}.x", part.values)
     y = _values(f"{name}.y", part.y, len(x))
     if len(y) and (y.dtype.kind not in "iu" or y.min() < 0 or y.max() >= labels):
         raise _Wrong(
             f"{name}.y must be integers from 0 to {labels - 1}, one for each label; got {_came(y)} from {y.min()} to {y.max()}"
         )
-    return Examples(x, y.astype(np.int64))
+    return Examples(x, y.astype(np.int64), meaning)
+
+
+def _as_raw(given: Any, name: str, meaning: Any = None) -> tuple[Floats | Bytes, Floats | None]:
+    """Examples of a user as they are kept: bytes with their meaning, which is the number if nothing is said, else floats."""
+    if getattr(given, "dtype", None) != np.uint8 or np.ndim(given) < 2:
+        if meaning is not None:
+            raise _Wrong(f"{name}.values says what bytes mean, got {_came(given)}")
+        return _as_floats(given, name), None
+    if given.ndim < 3:  # no channels: few values each
+        return _as_floats(given, name), None
+    if 0 in given.shape[1:]:
+        raise _Wrong(f"{name} must be an array of numbers [n, ...], got {_came(given)}")
+    values = np.arange(256, dtype=np.float32)[None] if meaning is None else _as_floats(meaning, f"{name}.values")
+    if values.shape not in {(1, 256), (given.shape[1], 256)}:
+        raise _Wrong(f"{name}.values must be of shape (1, 256) or ({given.shape[1]}, 256), got {_came(values)}")
+    return given, values
 
 
 def _as_floats(raw: Any, name: str, dimensions: int = 2) -> Floats:
@@ -346,10 +414,11 @@ def _as_floats(raw: Any, name: str, dimensions: int = 2) -> Floats:
     if array.dtype.kind not in "biuf" or array.ndim < dimensions or 0 in array.shape[1:]:
         raise _Wrong(f"{name} must be an array of numbers [n, ...], got {_came(array)}")
     with np.errstate(over="ignore"):
-        x = array.astype(np.float32)
-    finite = np.isfinite(x).all(axis=tuple(range(1, x.ndim)))
-    if not finite.all():
-        raise _Wrong(f"{name} is not finite (NaN, infinite or beyond float32) at index {int(np.argmin(finite))}")
+        x = array.astype(np.float32, copy=False)  # a mapped file stays one
+    for first in range(0, len(x), _AT_ONCE):
+        finite = np.isfinite(x[first : first + _AT_ONCE]).all(axis=tuple(range(1, x.ndim)))
+        if not finite.all():
+            raise _Wrong(f"{name} is not finite (NaN, infinite or beyond float32) at index {first + int(np.argmin(finite))}")
     return x
 
 
@@ -386,15 +455,12 @@ def _split(examples: Examples, groups: Ints | None, config: DataConfig, seed: in
 
 def _normalise(name: str, labels: tuple[str, ...], train: Examples, test: Examples, groups: Ints | None) -> Dataset:
     """Each channel to mean 0 and standard deviation 1 over the training part (a constant channel to 0)."""
-    channels = [train.x[:, channel] for channel in range(train.x.shape[1])]
-    mean = [float(channel.mean(dtype=np.float64)) for channel in channels]
-    std = [float(channel.std(dtype=np.float64)) or 1.0 for channel in channels]
-    along = (1, -1) + (1,) * (train.x.ndim - 2)
-    shift, scale = np.array(mean, np.float32).reshape(along), np.array(std, np.float32).reshape(along)
-    parts = [Examples((part.x - shift) / scale, part.y) for part in (train, test)]
-    if len(channels) == 1:
-        return Dataset(name, labels, parts[0], parts[1], groups, mean[0], std[0])
-    return Dataset(name, labels, parts[0], parts[1], groups, tuple(mean), tuple(std))
+    mean, std = train.moments()
+    std[std == 0] = 1.0
+    parts = [part.scaled(mean.astype(np.float32), std.astype(np.float32)) for part in (train, test)]
+    if len(mean) == 1:
+        return Dataset(name, labels, parts[0], parts[1], groups, float(mean[0]), float(std[0]))
+    return Dataset(name, labels, parts[0], parts[1], groups, tuple(mean.tolist()), tuple(std.tolist()))
 
 
 def normalised_by_test(dataset: Dataset) -> Dataset:
@@ -402,15 +468,11 @@ def normalised_by_test(dataset: Dataset) -> Dataset:
     were used: they would tell about single examples, exactly and beside every noise."""
     if dataset.name == "fashion-mnist" or (dataset.mean, dataset.std) == (0.0, 1.0):
         return dataset  # published constants, or used as it is
-    axes = tuple(axis for axis in range(dataset.test.x.ndim) if axis != 1)
-    shift = dataset.test.x.mean(axes, dtype=np.float64, keepdims=True)
-    scale = dataset.test.x.std(axes, dtype=np.float64, keepdims=True)
+    shift, scale = dataset.test.moments()
     scale[scale == 0] = 1.0
-    train, test = (
-        Examples(((part.x - shift) / scale).astype(np.float32), part.y) for part in (dataset.train, dataset.test)
-    )  # fmt: skip
+    train, test = (part.scaled(shift, scale) for part in (dataset.train, dataset.test))
     old_mean, old_std = np.atleast_1d(dataset.mean), np.atleast_1d(dataset.std)
-    mean, std = (old_mean + shift.reshape(-1) * old_std).tolist(), (old_std * scale.reshape(-1)).tolist()
+    mean, std = (old_mean + shift * old_std).tolist(), (old_std * scale).tolist()
     single = len(mean) == 1
     return dataclasses.replace(
         dataset, train=train, test=test, mean=mean[0] if single else tuple(mean), std=std[0] if single else tuple(std)

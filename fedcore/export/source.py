@@ -42,7 +42,7 @@ class Source:
     @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example."""
-        return tuple(self.dataset.test.x.shape[1:])
+        return tuple(self.dataset.test.shape)
 
 
 def require_finished(directory: Path) -> None:
@@ -74,7 +74,7 @@ def load_run(directory: Path, run_id: str = "") -> Source:
     representative = dataset.train.take(calibration).x
     received = decode_model(blob.read_bytes())
     model = build_model(
-        config.model, quantized=config.quantization.enabled, input_shape=dataset.train.x.shape[1:], classes=len(dataset.labels),
+        config.model, quantized=config.quantization.enabled, input_shape=dataset.train.shape, classes=len(dataset.labels),
         seed=config.run.seed, folder=config.folder,
     )  # fmt: skip
     _load(model, received.tensors, blob)

@@ -102,7 +102,7 @@ typedef struct {
 } Board;
 
 typedef struct {
-    Job *job;              /* x and y of the whole data set; order and update of this process */
+    Job *job;              /* x and y of the whole data set, or of this process; order and update of this process */
     Board *board;
     const int64_t *rows;   /* of all clients' examples, one client's after another's */
     const int64_t *ends;   /* where a client's end in it */
@@ -116,7 +116,26 @@ typedef struct {
     int64_t *complete;     /* [room]: one more than the unit whose sum is there */
     double *total;         /* [size], zero at first */
     int64_t unit;          /* taken by this process, waiting for a place; -1: none */
+    const uint8_t *raw;    /* examples of the whole data set that are bytes; null: they are numbers */
+    const real *values;    /* [channels][256]: what bytes mean */
+    const int64_t *labels; /* with bytes: of the whole data set */
+    const int64_t *own;    /* 0, 1, 2, ... */
+    int64_t channels, plane; /* numbers in a channel */
 } Cohort;
+
+/* A client's examples from bytes to this process's x and y. */
+KERNEL void decoded(Cohort *c, const int64_t *rows, long examples) {
+    real *to = (real *)c->job->x;
+    int64_t *labels = (int64_t *)c->job->y;
+    for (long i = 0; i < examples; i++) {
+        const uint8_t *from = c->raw + rows[i] * c->channels * c->plane;
+        labels[i] = c->labels[rows[i]];
+        for (long k = 0; k < c->channels; k++) {
+            const real *const value = c->values + 256 * k;
+            for (long p = 0; p < c->plane; p++) *to++ = value[*from++];
+        }
+    }
+}
 
 KERNEL double squared(const real *update, long size) {
     double lanes[8] = {0}, total = 0;
@@ -136,7 +155,9 @@ KERNEL void weighted(double *restrict sum, const real *restrict update, double w
 KERNEL int client(Cohort *c, long number) {
     Job *const job = c->job;
     const int64_t begin = number ? c->ends[number - 1] : 0, examples = c->ends[number] - begin;
-    order_rows(c->words + number * c->word_count, c->word_count, c->rows + begin, examples, job->epochs, (int64_t *)job->order);
+    const int64_t *const rows = c->raw ? c->own : c->rows + begin;
+    if (c->raw) decoded(c, c->rows + begin, examples);
+    order_rows(c->words + number * c->word_count, c->word_count, rows, examples, job->epochs, (int64_t *)job->order);
     job->examples = examples;
     c->norms[number] = -1;
     c->losses[number] = 0;

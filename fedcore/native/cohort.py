@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import mmap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fedcore.data import Examples
 from fedcore.native.trainer import Worker
 from fedcore.training.plan import LocalPlan
 
@@ -39,6 +40,8 @@ class _Cohort(ctypes.Structure):
         ("limit", ctypes.c_double),
         *((name, ctypes.c_void_p) for name in ("losses", "norms", "sums", "complete", "total")),
         ("unit", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("raw", "values", "labels", "own")),
+        *((name, ctypes.c_int64) for name in ("channels", "plane")),
     )
 
 
@@ -81,26 +84,35 @@ class Cohort:
     purpose: int
     limit: float
 
-    def train(self, worker: Worker, start: Tensor, x: npt.NDArray[Any], y: Ints, plan: LocalPlan, board: Board) -> None:
+    def train(self, worker: Worker, start: Tensor, data: Examples, plan: LocalPlan, board: Board) -> None:
         """Work on the round until nothing is left to take; every process of a round calls this with the same arguments.
 
-        ``x`` [n, ...] and ``y`` [n] are the whole data set.
+        ``data`` is the whole data set; bytes stay bytes, and become numbers a client at a time.
         """
         if not self.rows:
             return
-        x, y = np.ascontiguousarray(x, worker.numbers), np.ascontiguousarray(y, np.int64)
         rows, sizes = np.concatenate(self.rows), np.array([len(one) for one in self.rows])
         ends, units = np.cumsum(sizes), np.array(units_of(len(self.rows)))
         words = self.words()
-        order = np.empty(plan.epochs * int(sizes.max(initial=0)), np.int64)
+        most = int(sizes.max())
+        order, y = np.empty(plan.epochs * most, np.int64), np.ascontiguousarray(data.y, np.int64)
         job = worker.job(start, plan)
-        job.x, job.y, job.order, job.epochs = x.ctypes.data, y.ctypes.data, order.ctypes.data, plan.epochs
+        job.order, job.epochs = order.ctypes.data, plan.epochs
         mine = _Cohort(
             job=ctypes.addressof(job), board=board.counters.ctypes.data, rows=rows.ctypes.data, ends=ends.ctypes.data,
             units=units.ctypes.data, words=words.ctypes.data, word_count=words.shape[1], unit_count=len(units), room=board.room,
             size=len(board.total), limit=self.limit, losses=board.losses.ctypes.data, norms=board.norms.ctypes.data,
             sums=board.sums.ctypes.data, complete=board.counters[4:].ctypes.data, total=board.total.ctypes.data, unit=-1,
         )  # fmt: skip
+        if data.values is None:
+            x = np.ascontiguousarray(data.raw, worker.numbers)
+        else:
+            x, labels, own = np.empty((most, *data.shape), worker.numbers), y, np.arange(most)
+            y, raw = np.empty(most, np.int64), np.ascontiguousarray(data.raw)
+            values = np.ascontiguousarray(np.broadcast_to(data.values, (data.shape[0], 256)), worker.numbers)
+            mine.raw, mine.values, mine.labels, mine.own = (one.ctypes.data for one in (raw, values, labels, own))
+            mine.channels, mine.plane = data.shape[0], math.prod(data.shape[1:])
+        job.x, job.y = x.ctypes.data, y.ctypes.data
         while worker.library.run_cohort(ctypes.byref(mine)):
             time.sleep(_FULL)
 

@@ -182,7 +182,7 @@ class Clients:
         train, clients = self.data.dataset.train, self._arriving(clients, task)
         rows = [self.data.clients[client] for client in clients]
         cohort = Cohort(clients, rows, self.seed, task.round_number, DATA_ORDER, task.max_update_norm)
-        cohort.train(self._native(), start, train.x, train.y, task.plan, board)
+        cohort.train(self._native(), start, train, task.plan, board)
 
     def added(self, clients: Sequence[int], task: RoundTask, board: Board) -> Iterator[ClientReply]:
         """What became of the clients that `add_up` trained; their updates are in the board's total."""
@@ -201,7 +201,7 @@ class Clients:
 
     def _native(self) -> Worker:
         assert isinstance(self.trainer, NativeTrainer)
-        return self.trainer.worker(self.data.dataset.train.x.shape[1:])
+        return self.trainer.worker(self.data.dataset.train.shape)
 
     def _refuses(self, client: int, plan: LocalPlan) -> str:
         return plan.dp.why_not(len(self.data.clients[client]), plan.batch_size) if plan.dp else ""

@@ -477,3 +477,56 @@ def test_flower_without_the_package_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "flwr_datasets", None)
     monkeypatch.setenv("FLWR_TELEMETRY_ENABLED", "0")
     assert 'pip install "flwr-datasets[vision]"' in refusal(dataset="flower:some/pictures")
+
+
+def test_bytes_stay_bytes_and_mean_what_numbers_would(tmp_path):
+    rng = np.random.default_rng(0)
+    raw, values = rng.integers(0, 256, (30, 3, 4), np.uint8), rng.standard_normal((3, 256)).astype(np.float32)
+    for meaning in (values, values[:1]):
+        data = Examples(raw, np.arange(30) % 2, meaning)
+        plain = Examples(np.stack([meaning[c % len(meaning)][raw[:, c]] for c in range(3)], 1), data.y)
+        assert (data.x == plain.x).all()
+        assert data.x.dtype == np.float32
+        taken = data.take(np.array([7, 2]))
+        assert taken.raw.dtype == np.uint8
+        assert (taken.x == plain.x[[7, 2]]).all()
+        for found, expected in zip(data.moments(), plain.moments(), strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-12)
+        shift, scale = np.array([0.5, -1, 2]), np.array([1, 2, 3.0])
+        np.testing.assert_allclose(data.scaled(shift, scale).x, plain.scaled(shift, scale).x, rtol=1e-6)
+        assert (np.concatenate([part.x for part in data.pieces()]) == plain.x).all()
+
+
+def test_a_mapped_file_of_the_user_stays_one(tmp_path):
+    for kind, dtype in (("bytes", np.uint8), ("floats", np.float32)):
+        mapped = np.memmap(tmp_path / kind, dtype, "w+", shape=(20, 1, 4, 4))
+        mapped[:] = np.arange(16).reshape(4, 4)
+        changes = (
+            f'train=Examples(np.memmap("{tmp_path / kind}", np.{dtype.__name__}, "r", shape=(20, 1, 4, 4)), y), '
+            "test=Examples(np.ones((3, 1, 4, 4), np.uint8), y[:3])"
+        )
+        dataset = load(write_dataset(tmp_path, changes), dataset="mine:load")
+        sys.modules.pop("mine", None)
+        assert isinstance(dataset.train.raw, np.memmap)
+        assert (dataset.train.x[3] == np.arange(16).reshape(4, 4)).all()
+        assert dataset.test.raw.dtype == np.uint8
+        assert (dataset.test.x == 1).all()
+
+
+def test_bytes_of_the_user_are_the_numbers_they_are(tmp_path):
+    write(tmp_path, "def load():\n    x = np.arange(20 * 12, dtype=np.uint8).reshape(20, 3, 4)\n    return x, np.arange(20) % 2")
+    dataset = load(tmp_path, dataset="mine:load")
+    assert dataset.train.raw.dtype == np.uint8
+    assert sorted(np.concatenate([dataset.train.x, dataset.test.x])[:, 0, 0].tolist()) == [float(i * 12) for i in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ("train=Examples(np.ones((20, 2, 2), np.uint8), y, np.ones((3, 256)))", "train.values must be of shape (1, 256) or (2, 256)"),
+        ("train=Examples(np.ones((20, 2, 2), np.uint8), y, np.full((1, 256), np.nan))", "train.values is not finite"),
+        ("train=Examples(x, y, np.ones((1, 256)))", "train.x.values says what bytes mean, got float32"),
+    ],
+)
+def test_what_bytes_mean_is_checked(tmp_path, changes, told):
+    assert told.replace("train.values", "train.x.values") in refusal(write_dataset(tmp_path, changes), dataset="mine:load")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from native_clients import PLANS, SHAPES, network, start_of, why_no_compiler
 
+from fedcore.data import Examples
 from fedcore.models import ZOO
 from fedcore.native.cohort import Board, Cohort, units_of
 from fedcore.native.trainer import NativeTrainer
@@ -72,7 +73,7 @@ def test_a_round_is_the_sum_of_its_clients(name, quantized):
     for plan in PLANS.values():
         expected, norms, losses = one_by_one(trainer, start, x, y, rows, clients, plan)
         board = Board(5, len(start), 1)
-        Cohort(clients, rows, SEED, ROUND, PURPOSE, np.inf).train(trainer.worker(SHAPES[name]), start, x, y, plan, board)
+        Cohort(clients, rows, SEED, ROUND, PURPOSE, np.inf).train(trainer.worker(SHAPES[name]), start, Examples(x, y), plan, board)
         np.testing.assert_allclose(board.total, expected, rtol=0, atol=1e-12 * max(1, np.abs(expected).max()))
         np.testing.assert_allclose(board.norms, norms, rtol=1e-12)
         np.testing.assert_allclose(board.losses, losses, rtol=1e-12)
@@ -95,10 +96,10 @@ def test_processes_share_a_round_and_leave_one_result(workers):
         for _ in range(workers - 1):
             child = os.fork()
             if child == 0:
-                cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, x, y, plan, board)
+                cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, Examples(x, y), plan, board)
                 os._exit(0)
             children.append(child)
-        cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, x, y, plan, board)
+        cohort.train(NativeTrainer(model).worker(SHAPES["mlp"]), start, Examples(x, y), plan, board)
         assert [os.waitpid(child, 0)[1] for child in children] == [0] * (workers - 1)
         np.testing.assert_array_equal(board.total, expected)
         assert board.finished == 70
@@ -117,7 +118,7 @@ def test_what_must_not_count_does_not():
     x[rows[1]] *= 30
     limit = 10 * float(norms[0])
     board = Board(6, len(start), 1)
-    Cohort(range(6), rows, SEED, ROUND, PURPOSE, limit).train(trainer.worker(SHAPES["mlp"]), start, x, y, plan, board)
+    Cohort(range(6), rows, SEED, ROUND, PURPOSE, limit).train(trainer.worker(SHAPES["mlp"]), start, Examples(x, y), plan, board)
     assert board.norms[1] > limit
     assert board.norms[2] == -1  # a label that is no class
     assert not np.isfinite(board.norms[3])
@@ -140,7 +141,26 @@ def test_no_clients_are_no_work():
     board = Board(3, len(start_of(model)), 1)
     x, y = examples("mlp", 10, np.float32)
     worker = NativeTrainer(model).worker(SHAPES["mlp"])
-    Cohort([], [], SEED, ROUND, PURPOSE, 1.0).train(worker, start_of(model), x, y, PLANS["sgd"], board)
+    Cohort([], [], SEED, ROUND, PURPOSE, 1.0).train(worker, start_of(model), Examples(x, y), PLANS["sgd"], board)
     assert board.finished == 0
     assert not board.total.any()
     assert units_of(0) == []
+
+
+@pytest.mark.parametrize(("name", "rows"), [("cnn", 1), ("imu_cnn", 1), ("imu_cnn", 3)])
+def test_bytes_train_as_the_numbers_that_they_mean(name, rows, tmp_path):
+    model = network(name, False, torch.float32)
+    start, rng = start_of(model), np.random.default_rng(0)
+    raw = np.memmap(tmp_path / "examples", np.uint8, "w+", shape=(60, *SHAPES[name]))
+    raw[:] = rng.integers(0, 256, raw.shape)
+    values = rng.standard_normal((rows, 256)).astype(np.float32)
+    data = Examples(raw, rng.integers(0, 4, 60), values)
+    assert not isinstance(data.x, np.memmap)
+    totals = []
+    for one in (data, Examples(data.x, data.y)):
+        board = Board(4, len(start), 1)
+        cohort = Cohort(range(4), parts(60, (13, 1, 0, 20)), SEED, ROUND, PURPOSE, np.inf)
+        cohort.train(NativeTrainer(model).worker(SHAPES[name]), start, one, PLANS["everything"], board)
+        totals.append((board.total.copy(), board.losses.copy()))
+    np.testing.assert_array_equal(totals[0][0], totals[1][0])
+    np.testing.assert_array_equal(totals[0][1], totals[1][1])

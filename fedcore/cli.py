@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fedcore import __version__, cli_chaos, cli_export, cli_gateway, cli_native, cli_privacy, cli_registry, cli_secagg
+from fedcore import __version__, cli_chaos, cli_export, cli_gateway, cli_native, cli_privacy, cli_registry, cli_release, cli_secagg
 from fedcore.errors import Refused
 from fedcore.terminal import Commands, clear_errors, new_console
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )  # fmt: skip
 app.add_typer(cli_privacy.app, name="privacy")
 app.add_typer(cli_registry.app, name="registry")
+app.add_typer(cli_release.app, name="release")
 app.add_typer(cli_gateway.device, name="device")
 app.add_typer(cli_chaos.chaos, name="chaos")
 app.add_typer(cli_native.native, name="native")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import tomllib
@@ -23,8 +24,8 @@ from fedcore.errors import Refused
 
 __all__ = [
     "MEANS", "TIERS", "AsynchronousConfig", "CheckpointConfig", "CohortConfig", "DataConfig", "EngineConfig", "EvaluationConfig",
-    "FleetConfig", "ModelConfig", "PrivacyConfig", "QuantizationConfig", "RunConfig", "RunSection", "SecAggConfig",
-    "StrategyConfig", "TierConfig", "TrainingConfig", "WireConfig", "describe", "load_config", "parse_config",
+    "FleetConfig", "ModelConfig", "PrivacyConfig", "QuantizationConfig", "ReleaseConfig", "RunConfig", "RunSection", "SecAggConfig",
+    "StrategyConfig", "TierConfig", "TrainingConfig", "WireConfig", "describe", "load_config", "parse_config", "share_of",
 ]  # fmt: skip
 
 DATASETS = ("digits", "fashion-mnist", "smartwatch")
@@ -303,6 +304,33 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ReleaseConfig:
+    """[release]"""
+
+    registry: str = _key(
+        "", "repository that the coordinator publishes to by itself, a directory or URL (fedcore registry init "
+        "--publish-by-itself); empty = it publishes nothing",
+    )  # fmt: skip
+    keys: str = _key("", "directory of the repository's online keys, that of its releases among them")
+    model: str = _key("", "name of the model there; empty = run.name")
+    every: int = _key(0, "rounds between releases; 0 = only after the last round", low=0)
+    tiers: tuple[str, ...] = _key((), "tiers that are released; empty = all of [tiers], or the flagship")
+    canary: str = _key("5%", "share of the fleet that gets a release first")
+    stages: tuple[str, ...] = _key(("20%", "50%"), "shares of the fleet after the canary; what is left follows at the end")
+    control: str = _key("40%", "share of the fleet that keeps the release before until the last stage is over")
+    window: float = _key(86_400.0, "seconds after which what a device reported becomes its vote", above=0)
+    corrupt: str = _key("5%", "share of devices that may lie without starting or hiding an abort")
+    budgets: dict[str, Any] = _key({}, "amounts that a release may not take on more than a quarter of its canary, as {p95_ms = 50}")
+    self_test: int = _key(64, "test examples that go into a release, for devices to try it with: they become public", low=0)
+    deltas: int = _key(1, "earlier releases from which a delta leads to a new one", low=0, high=16)
+    rollback: bool = _key(True, "take a release back by itself once its rollout is aborted")
+
+    def shares(self) -> tuple[float, ...]:
+        """The canary and the stages after it."""
+        return tuple(share_of(one) for one in (self.canary, *self.stages))
+
+
+@dataclass(frozen=True)
 class TierConfig:
     """[tiers.NAME]: a class of devices, how the model is compressed for it, and what it may cost there"""
 
@@ -348,6 +376,7 @@ class RunConfig:
     secagg: SecAggConfig = SecAggConfig()
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    release: ReleaseConfig = ReleaseConfig()
     tiers: Mapping[str, TierConfig] = field(default_factory=dict)
     folder: Path = Path()
 
@@ -368,10 +397,11 @@ class RunConfig:
         return next((self.folder / one.key for one in self.privacy if one.key), None)
 
     def settings(self) -> dict[str, dict[str, Any]]:
-        """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``; without the tiers, on which no round
-        depends."""
+        """The scenario's keys by section, the privacy of a unit as section ``privacy.UNIT``; without the tiers and releases, on
+        which no round depends."""
         tables = self.tables()
         tables.pop("tiers", None)
+        tables.pop("release")
         units = {f"privacy.{table['unit']}": table for table in tables.pop("privacy", ())}
         return tables | units
 
@@ -382,6 +412,22 @@ class RunConfig:
     def replace(self, section: str, **values: Any) -> RunConfig:
         """A copy with some keys of one section changed."""
         return dataclasses.replace(self, **{section: dataclasses.replace(getattr(self, section), **values)})
+
+
+def share_of(text: str) -> float:
+    """A share as people write it: 5%, or 0.05.
+
+    Raises:
+        Refused: it is none between 0 and 1.
+    """
+    number, percent, rest = text.strip().partition("%")
+    try:
+        value = float(number) / (100 if percent else 1)
+    except ValueError:
+        value = math.nan
+    if rest or not 0 <= value <= 1:
+        raise Refused(f"{text!r} is no share: write 5% or 0.05")
+    return value
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -555,6 +601,7 @@ def _impossible(config: RunConfig) -> Iterator[str]:
         yield 'engine.name = "loop" on cuda runs in one process: set engine.workers = 1, or use "vmap"'
     yield from _impossible_privacy(config)
     yield from _impossible_secagg(config.secagg)
+    yield from _impossible_release(config.release)
     yield from _impossible_asynchronous(config)
     for key in sorted(DRAWN_HERE & set(config.strategy.params)):
         yield f"strategy.params.{key} cannot be set: fedcore draws the cohort; use cohort.size or cohort.evaluate_size"
@@ -615,6 +662,31 @@ def _impossible_privacy(config: RunConfig) -> Iterator[str]:
         yield "[[privacy]]: each unit may be given once"
     if len(keys := {(config.folder / one.key).resolve() for one in config.privacy if one.key}) > 1:
         yield f"[[privacy]]: both units share one key, privacy.key names {' and '.join(sorted(map(str, keys)))}"
+
+
+def _impossible_release(release: ReleaseConfig) -> Iterator[str]:
+    """What the keys of [release] say against each other."""
+    changed = {key.name for key in fields(release) if getattr(release, key.name) != getattr(ReleaseConfig(), key.name)}
+    if changed and not release.registry:
+        yield f"release.{min(changed)} has no meaning without release.registry"
+    if release.registry and not release.keys:
+        yield "release.keys must be given with release.registry: what is published is signed"
+    for key in ("canary", "stages", "control", "corrupt"):
+        value = getattr(release, key)
+        for text in value if isinstance(value, tuple) else (value,):
+            try:
+                share_of(text)
+            except Refused as error:
+                yield f"release.{key}: {error}"
+                return
+    shares = release.shares()
+    if not (shares[0] > 0 and all(a < b for a, b in itertools.pairwise(shares))):
+        yield "release.canary and release.stages must rise, from above 0"
+    if not (share_of(release.control) > 0 and shares[-1] + share_of(release.control) <= 1):
+        yield "release.control must be above 0, and leave the last of release.stages its share"
+    for name, amount in release.budgets.items():
+        if isinstance(amount, bool) or not isinstance(amount, (int, float)) or amount <= 0:
+            yield f"release.budgets.{name} must be a number above 0, got {_show(amount)}"
 
 
 def _impossible_secagg(secagg: SecAggConfig) -> Iterator[str]:

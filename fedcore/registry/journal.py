@@ -6,18 +6,22 @@ publish it now and then. The hash is SHA-256 over the line's JSON without `hash`
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import Refused, TryAgain
 
-__all__ = ["GENESIS", "Journal", "check_chain"]
+__all__ = ["GENESIS", "Journal", "check_chain", "held"]
 
 GENESIS = "0" * 64
+_TURN = 0.05  # seconds between two tries
 
 
 class Journal:
@@ -56,6 +60,32 @@ class Journal:
             raise TryAgain(f"{self._path} cannot be written ({error.strerror}); nothing was recorded") from error
         self.records, self.head = self.records + 1, digest
         return digest
+
+
+@contextlib.contextmanager
+def held(path: Path, seconds: float) -> Iterator[None]:
+    """While no other process writes to this journal; the system lets go of it when this one dies.
+
+    Raises:
+        TryAgain: another one does, for longer than ``seconds``, or there can be no lock beside the file.
+    """
+    end = time.monotonic() + seconds
+    try:
+        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise TryAgain(f"{path} cannot be held ({error.strerror})") from error
+    try:
+        while True:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    raise TryAgain(f"{path}: somebody else decides at this moment") from None
+                time.sleep(_TURN)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_chain(data: bytes, where: str = "records") -> tuple[int, str]:

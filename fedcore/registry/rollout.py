@@ -29,7 +29,7 @@ from fedcore.registry.rollout_plan import SIGNALS, SILENCE, Plan, Signal
 
 __all__ = ["SIGNALS", "SILENCE", "Arm", "Decision", "Member", "Phase", "Plan", "Report", "Rollout", "Signal", "Test", "arm_of",
            "assign", "command", "decide", "draw_secret", "exposed", "hardware_of", "new_rollout", "place_of", "release_of",
-           "room"]  # fmt: skip
+           "room", "votes"]  # fmt: skip
 
 Phase = Literal["draft", "running", "paused", "full", "aborted"]
 Decision = Literal["abort", "promote", "inconclusive", "hold"]
@@ -293,7 +293,7 @@ def _tests(state: Rollout) -> Iterable[Test]:
 def _compared(
     signal: Signal, arms: Sequence[Sequence[Member]], liars: tuple[int, int], group: str, wall: float, fine_wall: float
 ) -> Iterable[Test]:
-    canary, control = (_votes(arm, signal) for arm in arms)
+    canary, control = (votes(arm, signal) for arm in arms)
     counts = (len(canary), len(control))
     whole = group == "all"
     if signal.kind == "amount":
@@ -319,7 +319,7 @@ def _compared(
         )
 
 
-def _votes(arm: Sequence[Member], signal: Signal) -> list[float]:
+def votes(arm: Sequence[Member], signal: Signal) -> list[float]:
     """One a member. Who reported but left out what is required gets the worst vote: leaving out must not hide anything."""
     if signal.name == SILENCE:
         return [float(member.values is None) for member in arm]

@@ -127,7 +127,8 @@ def test_who_shows_no_token_for_the_repository_reads_nothing_of_it(served):
     ahead = 2**43  # milliseconds
     for wrong, said in (
         (b"", "cannot be read"), (token[:-1] + bytes([token[-1] ^ 1]), "not one of this fleet"),
-        (issue_token(secret, enrolled.device, "run-1", ahead), "a round's"), (issue_token(b"x" * 32, 5, "*release repository", ahead), "not one of"),
+        (issue_token(secret, enrolled.device, "run-1", ahead), "a round's"),
+        (issue_token(b"x" * 32, 5, "*release repository", ahead), "not one of"),
         (issue_token(secret, enrolled.device, "*release repository", 1), "is over"),
     ):  # fmt: skip
         request = pb.FetchRequest(token=wrong, name="metadata/timestamp.json")

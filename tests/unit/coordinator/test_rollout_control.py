@@ -1,0 +1,222 @@
+"""Orders and evidence: in the journal before they are done, of the revision that was looked at, one rollout a model at a time."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl, Shape, plan_for
+from fedcore.errors import Refused, TryAgain
+from fedcore.gateway.identity import spell
+from fedcore.registry.catalogue import Catalogue, Entry
+from fedcore.registry.journal import check_chain
+from fedcore.registry.rollout import arm_of, decide, place_of
+from fedcore.state.gateway import open_gateway_store
+from fedcore.state.releases import Holding, Membership, Visit, Worst
+
+NOW, OPS = 1_800_000_000.0, Order("ops", "because")
+FINE = {"disagreement": 0.02, "errors": 0.0, "crash": 0.0, "p95_ms": 10.0, "peak_bytes": 5e6}
+
+
+def offered(*versions):
+    custom = {"kind": "artefact", "model": "digits", "tier": "flagship", "runtime": "onnx", "form": "file"}
+    return Catalogue(tuple(Entry(f"p{v}", bytes([v]) * 32, 5, custom | {"version": v}) for v in versions))
+
+
+class World:
+    def __init__(self, folder, fleet=40):
+        self.now, self.path = NOW, folder
+        self.store = open_gateway_store(str(folder / "state.sqlite"))
+        self.control = RolloutControl(self.store, folder / "releases.jsonl", lambda: self.now)
+        self.control.start("digits", 1, offered(1), Shape(), OPS)
+        for device in range(fleet):
+            held = Holding(device, "digits", 1, labels=("lab",) if device % 2 else (), seen=NOW)
+            self.store.releases.visit(Visit(held, ("digits-1", 1)))
+
+    def records(self):
+        data = (self.path / "releases.jsonl").read_bytes()
+        check_chain(data)
+        return [json.loads(line) for line in data.splitlines()]
+
+    def join(self, values):
+        """Every device joins its arm now and reports what ``values`` says of its arm."""
+        current = self.control.running("digits")
+        known = (current.entry.name, current.entry.revision)
+        for device in range(current.state.plan.fleet):
+            arm = arm_of(current.state, spell(device), ("lab",) if device % 2 else ())
+            held = Holding(device, "digits", 1, seen=self.now)
+            if arm is None:
+                continue
+            member = Membership(device, arm, "other", self.now, self.now + current.state.plan.window)
+            self.store.releases.visit(Visit(held, known, member, 10**6))
+            said = values(arm, device)
+            if said is not None:
+                self.store.releases.visit(Visit(held, known, None, 0, (Worst(known[0], arm, said),)))
+
+
+@pytest.fixture
+def world(tmp_path):
+    one = World(tmp_path)
+    yield one
+    one.store.close()
+
+
+HALVES = Shape(stages=(0.4,), control=0.6, window=100.0, corrupt=0.0)
+
+
+def bad(arm, device):
+    return {**FINE, "disagreement": 0.9} if arm == "canary" else {**FINE, "p95_ms": 10 + 0.01 * device}
+
+
+def test_a_first_release_is_for_everybody_at_once(world):
+    state = world.control.running("digits").state
+    assert (state.phase, state.plan.baseline) == ("full", 0)
+    assert [(one["event"], one["by"], one["why"]) for one in world.records()] == [("start", "ops", "because")]
+
+
+def test_a_bad_release_is_aborted_by_evidence_taken_back_and_followed_by_the_next(world):
+    control = world.control
+    control.start("digits", 2, offered(1, 2), HALVES, OPS)
+    world.join(bad)
+    state, decision, _ = control.decide("digits")
+    assert (state.phase, decision) == ("running", "inconclusive")  # no window is over
+    world.now += 101
+    state, decision, tests = control.decide("digits")
+    assert (state.phase, decision) == ("aborted", "abort")
+    assert {test.signal for test in tests if test.harmful} == {"disagreement"}
+    last = world.records()[-1]
+    assert (last["event"], last["by"], last["exposed"]) == ("abort", "evidence", 16)
+    assert any(row["harmful"] and row["signal"] == "disagreement" for row in last["evidence"])
+    with pytest.raises(Refused, match=r"digits-2 was aborted.*release rollback digits"):
+        control.start("digits", 3, offered(1, 2, 3), HALVES, OPS)
+    control.order("digits", "roll back", OPS, (3, "ab" * 32))
+    assert control.running("digits").state.targets[3] == "ab" * 32
+    after = control.start("digits", 4, offered(1, 2, 3, 4), HALVES, OPS)
+    assert (after.plan.baseline, sorted(after.targets)) == (3, [3, 4])
+    assert after.secret != state.secret
+
+
+def test_what_the_store_holds_decides_as_the_state_in_one_piece(world):
+    control = world.control
+    control.start("digits", 2, offered(1, 2), replace(HALVES, corrupt=0.05), OPS)
+    world.join(lambda arm, device: None if device % 7 == 0 else {**FINE, "p95_ms": 10.0 + device})
+    world.now += 101
+    whole = control.running("digits").state
+    assert len(whole.members) == 40
+    expected = decide(whole, (), world.now)
+    assert control.decide("digits") == expected
+    assert expected[1] == "inconclusive"
+
+
+def test_orders_carry_a_reason_and_are_refused_where_they_make_no_sense(world):
+    control = world.control
+    with pytest.raises(Refused, match="the rollout is full"):
+        control.order("digits", "pause", OPS)
+    control.start("digits", 2, offered(1, 2), HALVES, OPS)
+    assert control.order("digits", "pause", OPS).phase == "paused"
+    assert control.decide("digits")[1] == "hold"
+    assert control.order("digits", "resume", OPS).phase == "running"
+    before = len(world.records())
+    with pytest.raises(Refused, match="with who gave it and why"):
+        control.order("digits", "promote", Order("ops", " "))
+    assert len(world.records()) == before
+    assert control.running("digits").state.phase == "running"
+    assert control.order("digits", "promote", OPS).phase == "full"
+    for wrong, version, said in ((offered(1), 3, "no release 3"), (offered(1, 2), 2, "not above 2")):
+        with pytest.raises(Refused, match=said):
+            control.start("digits", version, wrong, HALVES, OPS)
+    with pytest.raises(Refused, match="no rollout"):
+        control.order("letters", "pause", OPS)
+
+
+def test_two_deciders_never_both_decide(world):
+    control = world.control
+    control.start("digits", 2, offered(1, 2), HALVES, OPS)
+    elsewhere = RolloutControl(world.store, world.path / "other.jsonl", lambda: world.now)  # of another machine: no common lock
+    whole, asked = control.running("digits"), []
+
+    def running(model):
+        if not asked:
+            asked.append(model)
+            elsewhere.order("digits", "pause", OPS)
+        return whole
+
+    control.running = running
+    with pytest.raises(TryAgain, match="somebody else decided"):
+        control.order("digits", "abort", OPS)
+    del control.running
+    assert control.running("digits").state.phase == "paused"
+    assert [one["event"] for one in world.records()][-2:] == ["abort", "void"]
+
+
+def test_a_journal_that_somebody_changed_stops_everything(world):
+    path = world.path / "releases.jsonl"
+    path.write_text(path.read_text().replace("because", "for fun"))
+    with pytest.raises(Refused, match="line 1 was changed"):
+        world.control.order("digits", "abort", OPS)
+    assert world.control.running("digits").state.phase == "full"
+
+
+def test_a_canary_of_a_small_fleet_is_as_large_as_it_was_planned(world):
+    state = world.control.start("digits", 2, offered(1, 2), HALVES, OPS)
+    arms = [arm_of(state, spell(device)) for device in range(40)]
+    assert (arms.count("canary"), arms.count("control")) == (16, 24)
+
+
+def test_a_group_goes_first_half_of_it_as_control(world):
+    state = world.control.start("digits", 2, offered(1, 2), replace(HALVES, group="lab", stages=(0.05, 0.6), control=0.4), OPS)
+    assert state.plan.stages == (0.25, 0.6)
+    arms = {device: arm_of(state, spell(device), ("lab",) if device % 2 else ()) for device in range(40)}
+    assert all(arm is None for device, arm in arms.items() if device % 2 == 0)
+    assert sorted(arms.values(), key=str).count("canary") == sorted(arms.values(), key=str).count("control") == 10
+    world.control.order("digits", "abort", OPS)
+    world.control.order("digits", "roll back", OPS, (3, "ab" * 32))
+    with pytest.raises(Refused, match="0 devices with the label 'none'"):
+        world.control.start("digits", 4, offered(1, 2, 3, 4), replace(HALVES, group="none"), OPS)
+
+
+def test_two_releases_side_by_side_leave_the_rest_alone_and_wait_for_a_person(world):
+    shape = replace(HALVES, stages=(0.3,), control=0.3)
+    state = world.control.start("digits", 3, offered(1, 2, 3), shape, OPS, against=2)
+    assert (state.plan.version, state.plan.baseline, state.plan.rest, sorted(state.targets)) == (3, 2, 1, [1, 2, 3])
+    for against in (1, 3, 9):
+        with pytest.raises(Refused, match="A/B: "):
+            plan_for("digits", 3, replace(state, phase="full", plan=replace(state.plan, version=1, baseline=0, rest=None)), shape,
+                     40, 0, against)  # fmt: skip
+    world.join(lambda arm, device: FINE)
+    world.now += 101
+    assert world.control.decide("digits")[1] == "inconclusive"
+
+
+def test_a_budget_shows_on_a_few_devices_what_medians_cannot(world):
+    slow = replace(HALVES, budgets={"p95_ms": 50.0})
+    world.control.start("digits", 2, offered(1, 2), slow, OPS)
+    left = {"canary": 8, "control": 8}
+
+    def slow_canary(arm, device):
+        left[arm] -= 1
+        return {**FINE, "p95_ms": 200.0 if arm == "canary" else 10.0} if left[arm] >= 0 else None
+
+    world.join(slow_canary)
+    world.now += 101
+    _, decision, tests = world.control.decide("digits")
+    assert decision == "abort"
+    assert {test.signal for test in tests if test.harmful} == {"p95_ms above 50 on at most 0.25"}
+    with pytest.raises(Refused, match="no amount 'errors'"):
+        plan_for("digits", 9, None, replace(HALVES, budgets={"errors": 1.0}), 40, 0)
+
+
+def test_places_are_secret_and_new_for_every_rollout(world):
+    first = world.control.start("digits", 2, offered(1, 2), HALVES, OPS)
+    assert "secret" not in repr(first)
+    assert place_of(first.secret, spell(1)) != place_of(bytes(32), spell(1))
+
+
+def test_a_fleets_folder_says_where_everything_is(tmp_path):
+    with pytest.raises(Refused, match="no fleet's folder"):
+        Deployment.of(tmp_path)
+    (tmp_path / "fleet").mkdir()
+    assert Deployment.of(tmp_path) == Deployment(str(tmp_path / "store.sqlite"), tmp_path / "releases.jsonl", "")
+    (tmp_path / "gateway.json").write_text(json.dumps({"store": "redis://x", "repository": "s3://releases"}))
+    assert Deployment.of(tmp_path) == Deployment("redis://x", tmp_path / "releases.jsonl", "s3://releases")
+    assert Deployment.of(tmp_path, "other").repository == "other"

@@ -77,9 +77,15 @@ def assembly(config: RunConfig, clients: int) -> Assembly:
 
 @contextmanager
 def ours(config: RunConfig, clients: int) -> Iterator[Coordinator]:
+    """The whole coordinator around the synthetic federation."""
+    with coordinated(assembly(config, clients)) as coordinator:
+        yield coordinator
+
+
+@contextmanager
+def coordinated(built: Assembly) -> Iterator[Coordinator]:
     """The whole coordinator, with a store on disk."""
-    built = assembly(config, clients)
-    workers = config.engine.workers or available_workers()
+    workers = built.config.engine.workers or available_workers()
     grid = CohortGrid(build_clients(built), built.layout, mean=accepts_mean(built.strategy), workers=workers)
     with tempfile.TemporaryDirectory() as folder:
         store = RunStore(Path(folder))

@@ -1,5 +1,4 @@
-"""Makes modules of this folder importable: `worlds.py` as ``device_worlds``, `releases.py` as ``device_releases``, and
-`fleet_fake.py`; the device's package comes from its own folder."""
+"""Makes modules of this folder importable, and the registry's simulator; the device's package comes from its own folder."""
 
 import importlib.util
 import sys
@@ -9,8 +8,12 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[3] / "clients" / "linux"))
-for name, file in (("device_worlds", "worlds.py"), ("fleet_fake", "fleet_fake.py"), ("device_releases", "releases.py")):
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(file))
+FILES = {
+    "device_worlds": "worlds.py", "fleet_fake": "fleet_fake.py", "device_releases": "releases.py",
+    "registry_world": "../registry/world.py", "release_fake": "release_fake.py",
+}  # fmt: skip
+for name, file in ((name, file) for name, file in FILES.items() if name not in sys.modules):
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parent / file)
     sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

@@ -6,11 +6,14 @@ The simulator is written against python-tuf alone, so that a mistake of `fedcore
 import contextlib
 import copy
 import datetime
+import errno
 import hashlib
+import os
 
 from securesystemslib.signer import CryptoSigner
 from tuf.api.metadata import DelegatedRole, Delegations, Metadata, MetaFile, Root, Snapshot, TargetFile, Targets, Timestamp
 
+from fedcore.registry.disk import Disk
 from fedcore.registry.fetch import Reply
 
 NOW = datetime.datetime(2031, 5, 1, 12, tzinfo=datetime.UTC)
@@ -44,6 +47,62 @@ class CrashingFiles:
         self.files.write(name, data)
         if mine:
             raise Crash
+
+
+class FaultyDisk(Disk):
+    """Dies at its n-th operation, before or after it; or has no space from then on. What was not synced is lost, or is not."""
+
+    def __init__(self, at, how, lose=""):
+        self.at, self.how, self.lose, self.count = at, how, lose, -1
+        self.loose, self.renamed = set(), []
+
+    def _step(self, do, path=None, data=None):
+        self.count += 1
+        if self.how == "full":
+            if self.count >= self.at and data is not None:
+                path.write_bytes(data[: len(data) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        elif self.count == self.at:
+            if self.how == "torn" and data is not None:
+                path.write_bytes(data[: len(data) // 2])
+            elif self.how == "after":
+                do()
+            self._die()
+        do()
+
+    def _die(self):
+        if self.lose == "names":  # renames that no sync of the directory followed
+            for old, new, before in reversed(self.renamed):
+                new.rename(old)
+                if before is not None:
+                    new.write_bytes(before)
+        if self.lose == "content":  # files that were not synced, wherever they were renamed to
+            for path in self.loose:
+                path.write_bytes(b"")
+        raise Crash
+
+    def write(self, path, data):
+        self._step(lambda: (super(FaultyDisk, self).write(path, data), self.loose.add(path)), path, data)
+
+    def sync(self, path):
+        def do():
+            super(FaultyDisk, self).sync(path)
+            self.loose.discard(path)
+            self.renamed = [one for one in self.renamed if one[1].parent != path]
+
+        self._step(do)
+
+    def rename(self, old, new):
+        def do():
+            self.renamed.append((old, new, new.read_bytes() if new.exists() else None))
+            if old in self.loose:
+                self.loose = self.loose - {old} | {new}
+            super(FaultyDisk, self).rename(old, new)
+
+        self._step(do)
+
+    def remove(self, path):
+        self._step(lambda: super(FaultyDisk, self).remove(path))
 
 
 class FakeClock:

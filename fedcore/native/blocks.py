@@ -14,15 +14,29 @@ import numpy as np
 import numpy.typing as npt
 from torch import nn
 
-from fedcore.native.layers import Activation, Convolution, FullyConnected, Layer, Network, Pair, Pool, Quantizer, Unsupported
+from fedcore.native.layers import (
+    Activation,
+    Convolution,
+    FullyConnected,
+    Layer,
+    Network,
+    Normalisation,
+    Pair,
+    Pool,
+    Quantizer,
+    Sum,
+    Unsupported,
+)
 
 __all__ = [
+    "Addition",
     "Block",
     "Blocks",
     "Conv",
     "Depthwise",
     "Input",
     "Linear",
+    "Normal",
     "Parameter",
     "Plane",
     "Pointwise",
@@ -202,7 +216,33 @@ class Linear:
         return padded(self.source.length)
 
 
-Block = Pointwise | Pooling | Conv | Depthwise | Linear
+@dataclass(frozen=True)
+class Normal:
+    """A group normalisation; scale (``weight``) and bias by channel."""
+
+    layer: Normalisation
+    source: Plane
+    target: Plane
+    weight: Parameter | None
+    bias: Parameter | None
+    limit: float | None = None
+    quantizer: int | None = None
+
+
+@dataclass(frozen=True)
+class Addition:
+    """The sum of the block before and of block ``skip`` (-1: the network's input), whose plane is ``other``."""
+
+    layer: Sum
+    source: Plane
+    skip: int
+    other: Plane
+    target: Plane
+    limit: float | None = None
+    quantizer: int | None = None
+
+
+Block = Pointwise | Pooling | Conv | Depthwise | Linear | Normal | Addition
 
 
 @dataclass(frozen=True)
@@ -227,6 +267,11 @@ class Blocks:
         return sum(math.prod(parameter.dims) for parameter in self.parameters if parameter.trainable)
 
     @property
+    def flat(self) -> int:
+        """The first fully connected block; from it on all examples of a part are worked on together."""
+        return next((i for i, block in enumerate(self.blocks) if isinstance(block, Linear)), len(self.blocks))
+
+    @property
     def rounded(self) -> bool:
         """Whether weights are fake-quantized."""
         return any(isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded for block in self.blocks)
@@ -246,14 +291,21 @@ def plan(network: Network, model: nn.Module) -> Blocks:
         raise Unsupported("no parameter is trainable")
     first = learns.index(True)
     head = next((i for i, group in enumerate(groups) if not isinstance(group[0], Quantizer)), 0)
-    entry = _entry_quantizer(groups[:head], quantizers)
+    entry = _entry_quantizer(groups[:head], quantizers) if 0 not in _opened(network.layers) else None
     rest = groups[head if entry is not None else 0 :]
     first -= len(groups) - len(rest)
     source = _input_plane(network, rest[0][0])
-    blocks, parameters, offset, current = [], [], 0, source
+    blocks: list[Block] = []
+    parameters: list[Parameter] = []
+    offset, current = 0, source
     for number, group in enumerate(rest):
         follower = rest[number + 1][0] if number + 1 < len(rest) else None
-        block = _block(group, current, _halo(follower), trainable, quantizers, offset, number <= first)
+        halo = _halo(follower)
+        if isinstance(group[0], Sum):
+            skip = _skip(rest[:number], group[0].body)
+            block: Block = _addition(group, current, halo, skip, blocks[skip].target if skip >= 0 else source, quantizers)
+        else:
+            block = _block(group, current, halo, trainable, quantizers, offset, number <= first)
         own = [p for p in (getattr(block, "weight", None), getattr(block, "bias", None)) if p is not None]
         blocks.append(block)
         parameters += own
@@ -267,8 +319,9 @@ def plan(network: Network, model: nn.Module) -> Blocks:
 def _fuse(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     """Groups of a leading layer and what its block does to its output, in the order activation, pool, quantizer."""
     group: list[Layer] = []
-    for layer in layers:
-        if group and _joins(group, layer):
+    opened = _opened(layers)
+    for number, layer in enumerate(layers):
+        if group and number not in opened and _joins(group, layer):
             group.append(layer)
             continue
         if group:
@@ -276,6 +329,11 @@ def _fuse(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         group = [layer]
     if group:
         yield group
+
+
+def _opened(layers: Sequence[Layer]) -> set[int]:
+    """The layers whose input is needed again, by a sum."""
+    return {number - layer.body for number, layer in enumerate(layers) if isinstance(layer, Sum)}
 
 
 def _joins(group: list[Layer], layer: Layer) -> bool:
@@ -313,12 +371,36 @@ def _halo(consumer: Layer | None) -> Pair:
     return consumer.padding if isinstance(consumer, Convolution) else (0, 0)
 
 
+def _after(group: list[Layer], quantizers: Sequence[str]) -> tuple[float | None, int | None]:
+    """The activation's limit and the number of the quantizer among the layers of a group."""
+    limit = next((layer.limit for layer in group if isinstance(layer, Activation)), None)
+    return limit, next((quantizers.index(layer.name) for layer in group if isinstance(layer, Quantizer)), None)
+
+
+def _skip(before: Sequence[list[Layer]], body: int) -> int:
+    """The block whose output is added after ``body`` layers, the last of the groups ``before``; -1 for the network's input."""
+    number = len(before)
+    while body:
+        number -= 1
+        body -= len(before[number])
+    return number - 1
+
+
+def _addition(
+    group: list[Layer], source: Plane, halo: Pair, skip: int, other: Plane, quantizers: Sequence[str]
+) -> Addition:  # fmt: skip
+    head = group[0]
+    assert isinstance(head, Sum)
+    channels, height, width = head.shape
+    target = Plane(height, width, channels, padded(channels, lanes_of(channels)), halo)
+    return Addition(head, source, skip, other, target, *_after(group, quantizers))
+
+
 def _block(
     group: list[Layer], source: Plane, halo: Pair, trainable: dict[str, bool], quantizers: Sequence[str], offset: int, bottom: bool
 ) -> Block:  # fmt: skip
     head, shape = group[0], group[-1].shape
-    limit = next((layer.limit for layer in group if isinstance(layer, Activation)), None)
-    quantizer = next((quantizers.index(layer.name) for layer in group if isinstance(layer, Quantizer)), None)
+    limit, quantizer = _after(group, quantizers)
     window = next((layer.kernel for layer in group[1:] if isinstance(layer, Pool)), (1, 1))
     depth = padded(shape[0], lanes_of(shape[0])) if not isinstance(head, FullyConnected) else padded(shape[0])
     target = Plane(shape[1], shape[2], shape[0], depth, halo)
@@ -338,6 +420,8 @@ def _block(
             return block
         weight, bias = _conv_parameters(head, source, depth, offset, trainable, by_tap=True)
         return replace(block, by_tap=True, weight=weight, bias=bias)
+    if isinstance(head, Normalisation):
+        return Normal(head, source, target, *_normal_parameters(head, padded(depth), offset, trainable), limit, quantizer)
     if isinstance(head, Pool):
         return Pooling(head, source, target, limit, quantizer)
     return Pointwise(source, target, limit, quantizer)
@@ -364,6 +448,17 @@ def _conv_parameters(
         strides, size = (kh * run, 1, run, source.depth), outputs * kh * run
     weight = Parameter(name, offset, padded(size) + LANES, dims, strides, trainable[name])
     return _with_bias(layer, weight, depth, trainable)
+
+
+def _normal_parameters(
+    layer: Normalisation, size: int, offset: int, trainable: dict[str, bool]
+) -> tuple[Parameter | None, Parameter | None]:  # fmt: skip
+    weight, bias = (f"{layer.name}.{key}".lstrip(".") for key in ("weight", "bias"))
+    dims, after = (layer.shape[0],), offset + size * layer.scale
+    return (
+        Parameter(weight, offset, size, dims, (1,), trainable[weight]) if layer.scale else None,
+        Parameter(bias, after, size, dims, (1,), trainable[bias]) if layer.bias else None,
+    )
 
 
 def _linear_weight(layer: FullyConnected, source: Plane, offset: int, trainable: dict[str, bool]) -> Parameter:

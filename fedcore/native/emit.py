@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedcore.native import dense, forward, input_gradients, plain, private, weight_gradients
-from fedcore.native.blocks import Block, Blocks, Conv, Depthwise, Linear, Parameter, Pointwise, Pooling
+from fedcore.native import dense, forward, input_gradients, normalisation, plain, private, weight_gradients
+from fedcore.native.blocks import Addition, Block, Blocks, Conv, Depthwise, Linear, Normal, Parameter, Pointwise, Pooling
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import Target, marks
 
@@ -48,12 +48,14 @@ class _Writer:
             yield dense.dense_masked(f"masked{i}", block)
             yield from private.linear_kernels(i, block)
         elif i >= self.blocks.first:
-            biased = isinstance(block, (Conv, Depthwise)) and block.bias is not None
+            biased = isinstance(block, (Conv, Depthwise, Normal)) and block.bias is not None
             yield weight_gradients.masked_gradient(f"masked{i}", block, biased)
         if self._learns(i, block):
             yield self._weight_kernel(i, block)
         if i > self.blocks.first:
             yield self._input_kernel(f"input{i}", block)
+        if isinstance(block, Addition) and block.skip >= self.blocks.first:
+            yield plain.pointwise_input_gradient(f"skip{i}", block, block.other)
 
     def _forward_kernel(self, name: str, block: Block) -> str:
         match block:
@@ -65,8 +67,10 @@ class _Writer:
                 return forward.depthwise_forward(name, block)
             case Pooling():
                 return plain.pool_forward(name, block)
-            case Pointwise():
+            case Pointwise() | Addition():
                 return plain.pointwise_forward(name, block)
+            case Normal():
+                return normalisation.normal_forward(name, block)
 
     def _weight_kernel(self, i: int, block: Block) -> str:
         match block:
@@ -76,6 +80,8 @@ class _Writer:
                 return weight_gradients.conv_weight_gradient(f"weight{i}", block, self.target)
             case Depthwise():
                 return weight_gradients.depthwise_weight_gradient(f"weight{i}", block, self.target)
+            case Normal():
+                return normalisation.normal_gradient(f"weight{i}", block)
             case _:
                 return ""
 
@@ -89,15 +95,19 @@ class _Writer:
                 return input_gradients.depthwise_input_gradient(name, block)
             case Pooling():
                 return plain.pool_input_gradient(name, block)
-            case Pointwise():
-                return plain.pointwise_input_gradient(name, block)
+            case Pointwise() | Addition():
+                return plain.pointwise_input_gradient(name, block, block.source)
+            case Normal():
+                return normalisation.normal_input_gradient(name, block)
 
     def _small(self) -> list[tuple[int, int]]:
         """Ranges of the blob with all trainable parameters but the weights of fully connected layers."""
         return plain.merged([p for p in self.blocks.parameters if p.trainable and p.name not in self.linear_weights])
 
     def _learns(self, i: int, block: Block) -> bool:
-        return i >= self.blocks.first and isinstance(block, (Conv, Depthwise, Linear)) and block.weight.trainable
+        if i < self.blocks.first:
+            return False
+        return isinstance(block, Normal) or (isinstance(block, (Conv, Depthwise, Linear)) and block.weight.trainable)
 
     def _at(self, region: str, plane_size: int = 0, extra: int = 0) -> str:
         text = f"work + {self.memory.places[region] + extra}"
@@ -123,11 +133,14 @@ class _Writer:
         """The weights that the layer computes with."""
         return self._at(f"q{i}") if block.layer.rounded else _place(block.weight)
 
-    def _bias(self, block: Conv | Depthwise | Linear) -> str:
+    def _statistics(self, i: int, block: Normal) -> str:
+        return self._at(f"statistics{i}", normalisation.statistics_size(block))
+
+    def _bias(self, block: Conv | Depthwise | Linear | Normal) -> str:
         return _place(block.bias) if block.bias else "now"
 
     def _bias_gradient(self, block: Block) -> str:
-        bias = block.bias if isinstance(block, (Conv, Depthwise, Linear)) else None
+        bias = block.bias if isinstance(block, (Conv, Depthwise, Linear, Normal)) else None
         return f"g + {bias.offset}" if bias else "g"
 
     def _range(self, block: Block) -> str:
@@ -155,6 +168,9 @@ class _Writer:
             if isinstance(block, Linear):
                 linear += self._linear_norms(i, block)
                 scaled += self._linear_scaled(i, block)
+            elif i > self.blocks.flat:
+                linear += ["for (long s = 0; s < rows; s++) {", *self._plane_backward(i, block), "}"]
+                plane += self._own_gradients(i, block) if isinstance(block, Normal) else []
             else:
                 plane += self._plane_backward(i, block)
         forward = [*self._forward(), *self._losses()]
@@ -165,8 +181,18 @@ class _Writer:
         d, out = self._gradient(i, row=False), self._out(i, row=False)
         yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias_gradient(block)}, rows);"
         yield f"norms{i}({self._out(i - 1, row=False)}, {d}, sums, rows);"
+        yield from self._linear_input(i, block)
+
+    def _linear_input(self, i: int, block: Linear) -> Iterator[str]:
         if i > self.blocks.first:
-            yield f"input{i}({d}, {self._weights(i, block)}, {self._gradient(i - 1, row=False)}, rows);"
+            into = self._gradient(i - 1, row=False)
+            yield f"input{i}({self._gradient(i, row=False)}, {self._weights(i, block)}, {into}, rows);"
+            yield from (f"accumulate({into}, {self._at(f'skip{n}')}, rows * {b.other.size});" for n, b in self._sums(i - 1))
+
+    def _sums(self, i: int) -> list[tuple[int, Addition]]:
+        """The additions to which block i's output skips, where its gradient is wanted."""
+        blocks = enumerate(self.blocks.blocks)
+        return [(n, b) for n, b in blocks if isinstance(b, Addition) and b.skip == i >= self.blocks.first]
 
     def _linear_scaled(self, i: int, block: Linear) -> Iterator[str]:
         x, d, at = self._out(i - 1, row=False), self._gradient(i, row=False), block.weight.offset
@@ -220,6 +246,12 @@ class _Writer:
             rows = isinstance(block, Conv) and not block.by_tap
             weights = self._at(f"t{i}") if rows else self._weights(i, block)
             return f"forward{i}({self._out(i - 1)}, {weights}, {self._bias(block)}, {out}, {mark}, {target});"
+        if isinstance(block, Normal):
+            source, weights = self._out(i - 1, block.source.origin), self._scale(block)
+            return f"forward{i}({source}, {weights}, {self._bias(block)}, {out}, {mark}, {self._statistics(i, block)}, {target});"
+        if isinstance(block, Addition):
+            both = f"{self._out(i - 1, block.source.origin)}, {self._out(block.skip, block.other.origin)}"
+            return f"forward{i}({both}, {out}, {mark}, {target});"
         return f"forward{i}({self._out(i - 1, block.source.origin)}, {out}, {mark}, {target});"
 
     def _backward(self) -> Iterator[str]:
@@ -238,20 +270,17 @@ class _Writer:
     def _linear_backward(self, i: int, block: Linear) -> Iterator[str]:
         d, out = self._gradient(i, row=False), self._out(i, row=False)
         yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias_gradient(block)}, rows);"
-        if i > self.blocks.first:
-            yield f"input{i}({d}, {self._weights(i, block)}, {self._gradient(i - 1, row=False)}, rows);"
+        yield from self._linear_input(i, block)
         if self._learns(i, block):
             at = block.weight.offset
             blobs = f"w + {at}, now + {at}, start + {at}, velocity + {at}, g + {at}"
             yield f"update{i}({d}, {self._out(i - 1, row=False)}, {blobs}, rule, rows, first, last);"
 
     def _plane_backward(self, i: int, block: Block) -> Iterator[str]:
-        origin, gm, mark = block.target.origin, self._at("gm"), self._mark(i)
-        at = f"(word *)({self._at('at')})" if "at" in self.memory.places else "(word *)work"
-        yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {self._bias_gradient(block)});"
-        if self._learns(i, block) and isinstance(block, (Conv, Depthwise)):
-            inputs = f"{gm}, {at}, {mark}" if isinstance(block, Conv) else gm
-            yield f"weight{i}({self._out(i - 1)}, {inputs}, g + {block.weight.offset});"
+        yield from self._own_gradients(i, block)
+        gm, mark = self._at("gm"), self._mark(i)
+        if isinstance(block, Addition) and block.skip >= self.blocks.first:
+            yield f"skip{i}({gm}, {mark}, {self._skip(i, block, block.other.origin)});"
         if i == self.blocks.first:
             return
         into = self._gradient(i - 1)
@@ -260,9 +289,34 @@ class _Writer:
                 yield f"input{i}({self._weights(i, block)}, {gm}, {mark}, {into});"
             case Depthwise():
                 yield f"input{i}({self._weights(i, block)}, {gm}, {self._at(f'spread{i}')}, {into});"
+            case Normal():
+                source, at = self._out(i - 1, block.source.origin), self._gradient(i - 1, block.source.origin)
+                values = f"{self._statistics(i, block)}, {self._at('moments')}"
+                yield f"input{i}({source}, {self._scale(block)}, {gm}, {values}, {at});"
             case _:
                 yield f"clear({into}, {block.source.size});"
                 yield f"input{i}({gm}, {mark}, {self._gradient(i - 1, block.source.origin)});"
+        yield from (f"accumulate({into}, {self._skip(n, b)}, {b.other.size});" for n, b in self._sums(i - 1))
+
+    def _own_gradients(self, i: int, block: Block) -> Iterator[str]:
+        """The masked gradient of example s, and those of the block's parameters."""
+        origin, gm, mark = block.target.origin, self._at("gm"), self._mark(i)
+        at = f"(word *)({self._at('at')})" if "at" in self.memory.places else "(word *)work"
+        yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {self._bias_gradient(block)});"
+        if isinstance(block, Normal):
+            into = f"g + {block.weight.offset}" if block.weight else "g"
+            values = f"{self._statistics(i, block)}, {self._at('moments')}, {into}"
+            yield f"weight{i}({self._out(i - 1, block.source.origin)}, {gm}, {values});"
+        elif self._learns(i, block) and isinstance(block, (Conv, Depthwise)):
+            inputs = f"{gm}, {at}, {mark}" if isinstance(block, Conv) else gm
+            yield f"weight{i}({self._out(i - 1)}, {inputs}, g + {block.weight.offset});"
+
+    def _scale(self, block: Normal) -> str:
+        return _place(block.weight) if block.weight else "now"
+
+    def _skip(self, i: int, block: Addition, extra: int = 0) -> str:
+        """Where the gradient of an addition waits for the block to which it skips."""
+        return self._at(f"skip{i}", block.other.size if i > self.blocks.flat else 0, extra)
 
     def train(self) -> str:
         """The entry point: all epochs of one client. Returns 1 for a label that is no class."""

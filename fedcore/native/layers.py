@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from fedcore.errors import Refused
+from fedcore.models.residual import Residual
 from fedcore.quantization.layers import FakeQuantize, QuantConv1d, QuantConv2d, QuantLinear
 
 __all__ = [
@@ -21,9 +22,11 @@ __all__ = [
     "FullyConnected",
     "Layer",
     "Network",
+    "Normalisation",
     "Pool",
     "Quantizer",
     "Shape",
+    "Sum",
     "Unsupported",
     "leaves",
     "lower",
@@ -94,7 +97,31 @@ class Quantizer:
     shape: Shape
 
 
-Layer = Convolution | FullyConnected | Activation | Pool | Quantizer
+@dataclass(frozen=True)
+class Normalisation:
+    """Group normalisation (Wu and He 2018, arXiv:1803.08494): mean 0 and variance 1 over a group's channels and all pixels.
+
+    ``scale``, ``bias``: the parameters that it has; they stay in float where other weights are rounded.
+    """
+
+    name: str
+    shape: Shape
+    groups: int
+    epsilon: float
+    scale: bool
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Sum:
+    """The end of a residual block: what its last layer gives plus what its first one got, ``body`` layers before."""
+
+    name: str
+    shape: Shape
+    body: int
+
+
+Layer = Convolution | FullyConnected | Activation | Pool | Quantizer | Normalisation | Sum
 
 
 @dataclass(frozen=True)
@@ -115,27 +142,63 @@ def lower(model: nn.Module, input_shape: tuple[int, ...]) -> Network:
     if not 1 <= len(input_shape) <= 3:
         raise Unsupported(f"inputs of shape {list(input_shape)} are neither vectors, windows nor images")
     source = _shape(input_shape)
-    layers: list[Layer] = []
-    shape, flat = source, len(input_shape) == 1
-    for name, module in leaves(model, ""):
-        if module._forward_hooks or module._forward_pre_hooks:
+    lowering = _Lowering(source, len(input_shape))
+    lowering.module("", model)
+    _check(model, lowering.layers, lowering.shape, lowering.flat)
+    return Network(source, tuple(lowering.layers), lowering.shape[0] if lowering.shape[1:] == (1, 1) else 0)
+
+
+class _Lowering:
+    """The layers so far, with the shape of what the last one gives and whether that is a flat vector."""
+
+    def __init__(self, shape: Shape, rank: int) -> None:
+        self.layers: list[Layer] = []
+        self.shape, self.rank, self.flat = shape, rank, rank == 1
+        self.opened: set[int] = set()  # numbers of layers in front of which a residual block begins
+
+    def module(self, name: str, module: nn.Module) -> None:
+        if type(module) is nn.Sequential:
+            self._children(name, module)
+        elif module._forward_hooks or module._forward_pre_hooks:
             raise Unsupported(f"layer {name} has forward hooks")
-        if isinstance(module, nn.Flatten):
-            if (module.start_dim, module.end_dim) not in {(1, -1), (1, len(input_shape))}:
+        elif type(module) is Residual:
+            self._residual(name, module)
+        elif isinstance(module, nn.Flatten):
+            if (module.start_dim, module.end_dim) not in {(1, -1), (1, self.rank)}:
                 raise Unsupported(f"layer {name} (Flatten) does not flatten all of an example")
-            flat = True
-            continue
+            self.flat = True
+        else:
+            self._layer(name, module)
+
+    def _children(self, name: str, module: nn.Module) -> None:
+        for key, child in module._modules.items():
+            if child is not None:
+                self.module(f"{name}.{key}".lstrip("."), child)
+
+    def _residual(self, name: str, module: Residual) -> None:
+        begin, shape, flat = len(self.layers), self.shape, self.flat
+        self.opened.add(begin)
+        self._children(name, module)
+        if begin == len(self.layers):
+            raise Unsupported(f"layer {name} (Residual) has no layers inside")
+        if (self.shape, self.flat) != (shape, flat):
+            raise Unsupported(f"layer {name} (Residual) adds shapes that differ, {list(shape)} and {list(self.shape)}")
+        self.layers.append(Sum(name, shape, len(self.layers) - begin))
+
+    def _layer(self, name: str, module: nn.Module) -> None:
         rule = _RULES.get(type(module))
         if rule is None:
             raise Unsupported(f"layer {name or 'model'} ({type(module).__name__}) is not one that the generator knows")
-        if isinstance(module, _VECTOR_LAYERS) != flat and not isinstance(module, _ANY):
+        if isinstance(module, _VECTOR_LAYERS) != self.flat and not isinstance(module, _ANY):
             wanted = "a flat vector" if isinstance(module, _VECTOR_LAYERS) else "an image or a window"
             raise Unsupported(f"layer {name} ({type(module).__name__}) does not get {wanted}")
-        for layer in rule(name, module, shape, len(input_shape)):
-            layers.append(layer)
-            shape = layer.shape
-    _check(model, layers, shape, flat)
-    return Network(source, tuple(layers), shape[0] if shape[1:] == (1, 1) else 0)
+        if getattr(module, "inplace", False) and len(self.layers) in self.opened:
+            raise Unsupported(f"layer {name} ({type(module).__name__}) changes in place what its residual block adds")
+        if isinstance(module, nn.GroupNorm) and self.flat and self.shape[1:] != (1, 1):
+            raise Unsupported(f"layer {name} (GroupNorm) gets a flattened image; only images and vectors are known")
+        for layer in rule(name, module, self.shape, self.rank):
+            self.layers.append(layer)
+            self.shape = layer.shape
 
 
 def _check(model: nn.Module, layers: list[Layer], shape: Shape, flat: bool) -> None:
@@ -152,13 +215,13 @@ def _check(model: nn.Module, layers: list[Layer], shape: Shape, flat: bool) -> N
 
 
 def leaves(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """The layers of nested Sequentials, by name, in the order in which they run."""
+    """The layers of nested Sequentials, by name, in the order in which they run; a Residual comes where it adds."""
+    if isinstance(module, (nn.Sequential, Residual)):
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from leaves(child, f"{name}.{key}".lstrip("."))
     if type(module) is not nn.Sequential:
         yield name, module
-        return
-    for key, child in module._modules.items():
-        if child is not None:
-            yield from leaves(child, f"{name}.{key}".lstrip("."))
 
 
 def _shape(sizes: tuple[int, ...]) -> Shape:
@@ -237,6 +300,13 @@ def _pool(name: str, module: Any, source: Shape, rank: int) -> Iterator[Layer]:
     yield Pool(name, source, (source[0], height, width), kernel, stride, padding, average, counted)
 
 
+def _normalisation(name: str, module: Any, source: Shape, _: int) -> Iterator[Layer]:
+    if module.num_channels != source[0]:
+        raise Unsupported(f"layer {name} (GroupNorm) wants {module.num_channels} channels and gets {source[0]}")
+    scale, bias = module.weight is not None, module.bias is not None
+    yield Normalisation(name, source, module.num_groups, module.eps, scale, bias)
+
+
 def _activation(name: str, module: Any, source: Shape, _: int) -> Iterator[Layer]:
     yield Activation(name, source, 6.0 if isinstance(module, nn.ReLU6) else math.inf)
 
@@ -251,10 +321,10 @@ def _nothing(*_: Any) -> Iterator[Layer]:
 
 _RULES: dict[type[nn.Module], Callable[[str, Any, Shape, int], Iterator[Layer]]] = {
     nn.Conv1d: _convolution, nn.Conv2d: _convolution, QuantConv1d: _convolution, QuantConv2d: _convolution,
-    nn.Linear: _linear, QuantLinear: _linear,
+    nn.Linear: _linear, QuantLinear: _linear, nn.GroupNorm: _normalisation,
     nn.MaxPool1d: _pool, nn.MaxPool2d: _pool, nn.AvgPool1d: _pool, nn.AvgPool2d: _pool,
     nn.AdaptiveAvgPool1d: _pool, nn.AdaptiveAvgPool2d: _pool, nn.AdaptiveMaxPool1d: _pool, nn.AdaptiveMaxPool2d: _pool,
     nn.ReLU: _activation, nn.ReLU6: _activation, FakeQuantize: _quantizer, nn.Identity: _nothing,
 }  # fmt: skip
 _VECTOR_LAYERS = (nn.Linear,)
-_ANY = (nn.ReLU, nn.ReLU6, FakeQuantize, nn.Identity)
+_ANY = (nn.ReLU, nn.ReLU6, FakeQuantize, nn.Identity, nn.GroupNorm)

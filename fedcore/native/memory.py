@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedcore.native.blocks import LANES, Blocks, Conv, Depthwise, Linear, padded
+from fedcore.native.blocks import LANES, Addition, Blocks, Conv, Depthwise, Linear, Normal, padded
 from fedcore.native.input_gradients import spread_size
+from fedcore.native.normalisation import statistics_size
 from fedcore.native.tiles import marks
 from fedcore.native.weight_gradients import by_position
 
@@ -21,7 +22,7 @@ class Memory:
     """Offsets of regions in the workspace, in numbers (``places``) and in bytes (``marked``), and the sizes of both.
 
     ``rows``: examples worked on together; a larger batch comes in parts. ``boundary``: blocks whose gradient is kept for all of
-    these, since the next step works on them together.
+    these, since the next step works on them together: from the one before the first fully connected layer on.
     """
 
     rows: int
@@ -38,10 +39,7 @@ def plan_memory(blocks: Blocks, rows: int = 0) -> Memory:
     each = blocks.input.target.size + sum(block.target.size for block in blocks.blocks)
     rows = rows or min(max(_ACTIVATIONS // each, _LEAST), _MOST)
     last = len(blocks.blocks) - 1
-    boundary = frozenset(
-        i for i, block in enumerate(blocks.blocks)
-        if i == last or isinstance(block, Linear) or isinstance(blocks.blocks[i + 1], Linear)
-    )  # fmt: skip
+    boundary = frozenset(range(min(last, blocks.flat - 1), last + 1))
     places, numbers = _laid_out(_numbers(blocks, rows, boundary))
     marked, count = _laid_out((f"mark{i}", rows * block.target.size) for i, block in enumerate(blocks.blocks) if marks(block))
     return Memory(rows, places, marked, numbers, count + LANES, boundary)
@@ -67,9 +65,14 @@ def _numbers(blocks: Blocks, rows: int, boundary: frozenset[int]) -> Iterator[tu
             yield f"q{i}", block.weight.size
         if isinstance(block, Conv) and not block.by_tap:
             yield f"t{i}", block.taps * block.target.depth
+        if isinstance(block, Normal):
+            yield f"statistics{i}", rows * statistics_size(block)
+        if isinstance(block, Addition) and block.skip >= blocks.first:
+            yield f"skip{i}", (rows if i > blocks.flat else 1) * block.other.size
         if isinstance(block, Depthwise) and i > blocks.first:
             yield f"spread{i}", spread_size(block)
     yield "sums", 4 * rows  # two double-precision numbers a row, in DP-SGD
+    yield "moments", max((statistics_size(block) for block in blocks.blocks if isinstance(block, Normal)), default=0)
     compact = [block.target.height * block.target.width * block.target.depth for block in blocks.blocks]
     yield "gm", max(compact) + LANES
     if any(by_position(block) for block in blocks.blocks):

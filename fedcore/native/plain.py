@@ -5,7 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from fedcore.native.blocks import LANES, Conv, Depthwise, Input, Linear, Parameter, Pointwise, Pooling, lanes_of, padded
+from fedcore.native.blocks import (
+    LANES,
+    Addition,
+    Conv,
+    Depthwise,
+    Input,
+    Linear,
+    Parameter,
+    Plane,
+    Pointwise,
+    Pooling,
+    lanes_of,
+    padded,
+)
 from fedcore.native.tiles import finish, function
 
 __all__ = [
@@ -48,23 +61,32 @@ def _scalars(entry: Input, loops: str, value: str, to: str) -> Iterator[str]:
     yield f"{to} = range->on != 0 ? t * range->scale : s; }}"
 
 
-def pointwise_forward(name: str, block: Pointwise) -> str:
-    """``name(x, out, mark, range)``: x, out and mark at pixel (0, 0)."""
-    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+def pointwise_forward(name: str, block: Pointwise | Addition) -> str:
+    """``name(x, out, mark, range)``: x, out and mark at pixel (0, 0); for an addition ``name(x, y, out, mark, range)``."""
+    lanes, target = lanes_of(block.target.channels), block.target
     body = [f"for (long h = 0; h < {target.height}; h++) for (long i = 0; i < {target.width}; i++)"]
     body.append(f"for (long v = 0; v < {target.depth}; v += {lanes}) {{")
     body.append(f"const long at = h * {target.row} + i * {target.depth} + v;")
-    body.append(f"V{lanes} z = load{lanes}(x + h * {source.row} + i * {source.depth} + v);")
-    if source.depth < target.depth:
-        body.append(f"if (v + {lanes} > {source.channels})")
-        body.append(f"for (long c = 0; c < {lanes}; c++) z[c] = v + c < {source.channels} ? z[c] : 0;")
+    body += _valid("z", "x", block.source, target)
+    if isinstance(block, Addition):
+        body += [*_valid("t", "y", block.other, target), "z = z + t;"]
     body += finish(block, lanes, "z", f"(I{lanes}){{0}}", "out + at", "mark + at")
-    return function(f"{name}({_FORWARD})", [*body, "}"])
+    arguments = _FORWARD.replace("x,", "x, const real *restrict y,", 1) if isinstance(block, Addition) else _FORWARD
+    return function(f"{name}({arguments})", [*body, "}"])
 
 
-def pointwise_input_gradient(name: str, block: Pointwise) -> str:
-    """``name(gm, mark, dx)``: dx at pixel (0, 0) of the source."""
-    lanes, source, target = lanes_of(block.target.channels), block.source, block.target
+def _valid(to: str, x: str, source: Plane, target: Plane) -> Iterator[str]:
+    """A vector of the source, with zeros in the lanes where only the target's plane has channels."""
+    lanes = lanes_of(target.channels)
+    yield f"V{lanes} {to} = load{lanes}({x} + h * {source.row} + i * {source.depth} + v);"
+    if source.depth < target.depth:
+        yield f"if (v + {lanes} > {source.channels})"
+        yield f"for (long c = 0; c < {lanes}; c++) {to}[c] = v + c < {source.channels} ? {to}[c] : 0;"
+
+
+def pointwise_input_gradient(name: str, block: Pointwise | Addition, source: Plane) -> str:
+    """``name(gm, mark, dx)``: dx at pixel (0, 0) of the plane ``source``."""
+    lanes, target = lanes_of(block.target.channels), block.target
     body = [f"for (long h = 0; h < {target.height}; h++) for (long i = 0; i < {target.width}; i++)"]
     body.append(f"for (long v = 0; v < {min(source.depth, target.depth)}; v += {lanes})")
     body.append(f"    store{lanes}(dx + h * {source.row} + i * {source.depth} + v,")

@@ -16,6 +16,7 @@ typedef int64_t word;
 #define EXPONENT_BIAS 1023
 #define MANTISSA_BITS 52
 #define LEAST_EXPONENT -708
+#define ROOT __builtin_sqrt
 #else
 typedef float real;
 typedef int32_t word;
@@ -24,6 +25,7 @@ typedef int32_t word;
 #define EXPONENT_BIAS 127
 #define MANTISSA_BITS 23
 #define LEAST_EXPONENT -87
+#define ROOT __builtin_sqrtf
 #endif
 #define HALF ((real)0.5)
 
@@ -127,6 +129,10 @@ INLINE void clear(real *p, long n) {
 
 INLINE void copy(real *to, const real *from, long n) {
     for (long i = 0; i < n; i += 16) store16(to + i, load16(from + i));
+}
+
+INLINE void accumulate(real *to, const real *from, long n) {
+    for (long i = 0; i < n; i += 16) store16(to + i, load16(to + i) + load16(from + i));
 }
 
 /* Sum of all lanes, halves first: the order of the reduction trees of the fully connected layers. */

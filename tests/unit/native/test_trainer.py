@@ -11,7 +11,7 @@ from native_clients import PLANS, SHAPES, SIZES, federation, network, start_of, 
 from torch import nn
 
 from fedcore.errors import Refused
-from fedcore.models import ZOO
+from fedcore.models import ZOO, Residual
 from fedcore.native.trainer import NativeTrainer
 from fedcore.quantization.layers import FakeQuantize, calibrate, make_quantization_aware, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange
@@ -104,6 +104,24 @@ ODD = {
         nn.Conv2d(2, 70, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(280, 4))),
     "many channels between": ((2, 8, 8), lambda: nn.Sequential(
         nn.Conv2d(2, 40, 3), nn.ReLU(), nn.Conv2d(40, 67, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(268, 4))),
+    "residual blocks": ((3, 9, 8), lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.ReLU(),
+        Residual(nn.Conv2d(6, 9, 3, padding=1), nn.ReLU(), nn.Conv2d(9, 6, 3, padding=1)), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(96, 4))),
+    "group normalisation": ((3, 9, 8), lambda: nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.ReLU(), nn.Conv2d(6, 18, 3, bias=False),
+        nn.GroupNorm(1, 18, affine=False), nn.ReLU6(), nn.MaxPool2d(2), nn.GroupNorm(9, 18), nn.Flatten(), nn.Linear(162, 8),
+        nn.GroupNorm(4, 8), nn.ReLU(), nn.Linear(8, 4))),
+    "residual vectors": ((7,), lambda: nn.Sequential(
+        Residual(nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 7)), nn.GroupNorm(1, 7), nn.ReLU(), nn.ReLU(), nn.Linear(7, 20),
+        Residual(Residual(nn.GroupNorm(4, 20), nn.ReLU(), nn.Linear(20, 20))), nn.ReLU(), nn.Linear(20, 4))),
+    "residual inputs": ((3, 9, 8), lambda: nn.Sequential(
+        Residual(nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3)), nn.ReLU(),
+        Residual(nn.ReLU(), nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), nn.GroupNorm(1, 3), nn.Flatten(),
+        nn.Linear(216, 4))),
+    "residual windows": ((6, 20), lambda: nn.Sequential(
+        nn.GroupNorm(2, 6), nn.Conv1d(6, 20, 3, padding=1), Residual(nn.GroupNorm(5, 20), nn.ReLU(), nn.Conv1d(20, 20, 3, padding=1)),
+        nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(20, 4))),
 }  # fmt: skip
 
 
@@ -111,6 +129,51 @@ ODD = {
 def test_odd_networks_in_double_precision(name):
     shape, build = ODD[name]
     check(lambda: build().double(), shape, torch.float64, PLANS["everything"], 1e-9)
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if "residual" in name or "norm" in name or "vector" in name])
+def test_odd_networks_in_private(name):
+    shape, build = ODD[name]
+
+    def model_of():
+        torch.manual_seed(1)
+        return build().double()
+
+    check_private(model_of, shape, torch.float64, PRIVATE["some"], 1e-9)
+
+
+@pytest.mark.parametrize("private_too", [False, True], ids=["plain", "private"])
+def test_what_is_frozen_around_a_residual_block(private_too):
+    def model_of():
+        torch.manual_seed(1)
+        model = nn.Sequential(
+            Residual(nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3)), nn.Conv2d(3, 4, 3),
+            Residual(nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3, padding=1)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        ).double()  # fmt: skip
+        for parameter in (*model[0].parameters(), model[2][0].bias, *model[2][1].parameters()):
+            parameter.requires_grad_(False)
+        return model
+
+    if private_too:
+        check_private(model_of, (3, 9, 8), torch.float64, PRIVATE["some"], 1e-9)
+    else:
+        check(model_of, (3, 9, 8), torch.float64, PLANS["everything"], 1e-9)
+
+
+@pytest.mark.parametrize("where", ["input", "inside"])
+def test_a_residual_block_adds_what_was_not_rounded(where):
+    """The quantizer in front of a layer rounds for that layer alone, not for the sum that skips it."""
+
+    def model_of():
+        torch.manual_seed(1)
+        block = Residual(nn.Conv2d(3, 3, 3, padding=1), nn.GroupNorm(1, 3), nn.ReLU(), nn.Conv2d(3, 3, 1))
+        before = [] if where == "input" else [FakeQuantize(), nn.Conv2d(3, 3, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*before, block, nn.ReLU(), FakeQuantize(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(48, 4))
+        make_quantization_aware(model)
+        calibrate(model, [torch.randn(40, 3, 8, 8)])
+        return model.double()
+
+    check(model_of, (3, 8, 8), torch.float64, PLANS["everything"], 1e-9, sizes=FEW)
 
 
 def test_a_batch_in_several_parts():

@@ -212,6 +212,7 @@ def _print_result(console: Console, directory: Path, result: dict[str, Any]) -> 
         "dropped": f"{result['dropped']} client updates" if result["dropped"] else "",
         **{f"epsilon, one {unit}": _spent(spent) for unit, spent in result.get("privacy", {}).items()},
         "ended early": result.get("ended", ""),
+        "release": result.get("release", ""),
         "report": str(directory / "report.html"),
     }
     for name, value in rows.items():

@@ -7,6 +7,7 @@ import shlex
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -43,6 +44,13 @@ def serve(
     over_selection: Annotated[float, typer.Option(help="Devices that are asked, as a multiple of the cohort.")] = 1.3,
     window: Annotated[float, typer.Option(help="Seconds to wait for devices to check in for a round.")] = 300.0,
     minimum: Annotated[int, typer.Option(help="Uploads that suffice at the deadline; 0 = three quarters of the cohort.")] = 0,
+    registry: Annotated[
+        str, typer.Option(help="Repository of releases that devices read here; that of [release] if not given.")
+    ] = "",
+    registry_keys: Annotated[
+        list[Path] | None, typer.Option(help="Its online keys, to take back what is aborted and to renew.", metavar="DIR")
+    ] = None,
+    release_every: Annotated[float, typer.Option(help="Seconds in which devices ask for their release.", min=0.5)] = 1800.0,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")] = None,
     as_json: Json = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -56,6 +64,7 @@ def serve(
         from fedcore.config import load_config
         from fedcore.coordinator.directory import next_directory
         from fedcore.coordinator.fleet import FleetFolder, ServedGateway
+        from fedcore.coordinator.release_service import attended, pin_root, place_and_keys
         from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee, shown
         from fedcore.display import follow, human_bytes
 
@@ -65,12 +74,16 @@ def serve(
             raise Refused("--resume needs --out DIR, the run to continue")
         folder = FleetFolder.open(fleet, config.run.name, host or [])
         pin_committee(config, folder)
+        releases, keys = place_and_keys(config, registry, registry_keys or [])
+        if releases:
+            pin_root(folder.fleet, releases)
         directory = out or next_directory(Path("runs"), config.run.name)
         where = store or folder.store
         choice = Choice(over_selection, window, minimum, devices)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            with ServedGateway(folder, where, listen) as gateway:
+            served = ServedGateway(folder, where, listen, repository=releases, release_every=release_every)
+            with served as gateway, attended(folder.directory, releases, keys, _teller(as_json=as_json), min(30.0, release_every)):
                 print(shown(gateway.address, directory, as_json=as_json), flush=True)
                 with DeviceRun(config, directory, folder, where, choice, resume=resume) as run:
                     follow(run, console, as_json=as_json)
@@ -85,6 +98,8 @@ def serve(
     else:
         size = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in result["model_bytes"].items())
         console.print(f"accuracy {result['accuracy']:.4f}; model {size}; {directory / 'report.html'}", highlight=False)
+        if "release" in result:
+            console.print(result["release"], highlight=False, soft_wrap=True)
 
 
 @device.command()
@@ -181,6 +196,13 @@ def sign(
             raise Refused(f"{step} cannot be read ({error.strerror})") from error
         step.with_suffix(".sig").write_bytes(sign_step(read_signing_key(key), data))
         print(f"{step.with_suffix('.sig')}, {time.strftime('%Y-%m-%d')}")
+
+
+def _teller(*, as_json: bool) -> Callable[[str], None]:
+    """How decisions about releases are shown beside the rounds."""
+    if as_json:
+        return lambda text: print(json.dumps({"event": "release", "text": text}), flush=True)
+    return lambda text: print(f"release: {text}", flush=True)
 
 
 def _folder(directory: Path) -> Any:

@@ -117,7 +117,7 @@ def continued(config: RunConfig, directory: Path) -> RunConfig:
     changed = {section: {key: ours[section][key] for key in keys} for section, keys in _MAY_CHANGE.items()}
     for section, values in changed.items():
         recorded = recorded.replace(section, **values)
-    return dataclasses.replace(recorded, folder=config.folder)
+    return dataclasses.replace(recorded, folder=config.folder, release=config.release)
 
 
 def write(path: Path, content: str | bytes) -> None:

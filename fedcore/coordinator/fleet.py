@@ -182,12 +182,17 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
 class ServedGateway:
     """The enrolment signer, and a gateway as a process of its own that is started again when it dies; a context manager.
 
+    Devices read releases from ``repository``, if there is one, and ask for theirs every ``release_every`` seconds.
+
     Raises:
         Refused: the address cannot be listened at, or takes TLS.
         TryAgain: the gateway does not begin.
     """
 
-    def __init__(self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0) -> None:
+    def __init__(
+        self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0, repository: str = "",
+        release_every: float = 1800.0,
+    ) -> None:  # fmt: skip
         self._folder, self._listen = folder, listen
         self._sockets = Path(tempfile.mkdtemp(prefix="fedcore-"))  # a socket's path must be short
         self._signer = folder.signer()
@@ -195,7 +200,8 @@ class ServedGateway:
         self._settings = {
             "store": store or folder.store, "blobs": str(folder.blobs), "trust": str(folder.fleet.trust_file),
             "time_key": str(folder.fleet.time_key), "tls": str(folder.fleet.gateway), "signer": self._enrolments.address,
-            "hold": hold, "pace": {"least": least},
+            "hold": hold, "repository": repository, "release_every": release_every,
+            "pace": {"least": least},
         }  # fmt: skip
         self._ending = threading.Event()
         self.address = ""

@@ -23,6 +23,7 @@ from fedcore.coordinator.asynchronous import BufferedCoordinator
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.directory import Claim, begun, claim, continued, write
 from fedcore.coordinator.key import read_key
+from fedcore.coordinator.publishing import Publisher
 from fedcore.coordinator.rounds import Coordinator, DrawnGrid, Metrics
 from fedcore.coordinator.secure import simulated_trust
 from fedcore.coordinator.strategy import accepts_mean
@@ -81,6 +82,7 @@ class FederatedRun:
         self.directory = directory
         self.assembly = assemble(config)
         self.config = self.assembly.config
+        self._publisher = Publisher(self.config, directory, self._fleet()) if config.release.registry else None
         self._keep = False
         with contextlib.ExitStack() as opened:
             if not resume:
@@ -188,7 +190,21 @@ class FederatedRun:
                 file.write(json.dumps(metrics) + "\n")
             if self.coordinator.progress.scores and "federated" in metrics:
                 write(self.directory / "clients.json", json.dumps(self.coordinator.progress.scores))
-            yield metrics
+            yield metrics | self._released(metrics)
+
+    def _fleet(self) -> Path | None:
+        """The folder of the fleet to which releases go out; None where there is none."""
+        return None
+
+    def _released(self, metrics: Metrics) -> dict[str, str]:
+        """What is told of a release after this round, where one is due before the last."""
+        number = metrics["round"]
+        if self._publisher is None or not self._publisher.due(number) or number == self.config.run.rounds:
+            return {}
+        progress = self.coordinator.progress
+        scores = metrics if "accuracy" in metrics else self.coordinator.evaluate(progress)
+        told = self._publisher.after_round(self.assembly, progress, scores["accuracy"])
+        return {"hint": told} if told else {}
 
     def _tell_operator(self) -> None:
         """Append to a file that only its owner reads what a sum keeps back, without which a failing client is never found."""
@@ -237,6 +253,9 @@ class FederatedRun:
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
         write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
+        if self._publisher and (told := self._publisher.at_end(last["round"])):
+            result["release"] = told
+            write(self.directory / "result.json", json.dumps(result, indent=2) + "\n")
         write_report(self.directory)
         return result
 

@@ -111,6 +111,9 @@ class DeviceRun(FederatedRun):
         committee = trusted_committee(config, assembly.secured)
         return assembly.secured.wrap(devices, assembly.layout, committee, f"{task}-{int(time.time())}")
 
+    def _fleet(self) -> Path | None:
+        return self._folder.directory
+
     def _task(self, config: RunConfig) -> str:
         """The run's name towards devices: the same after a restart, and never another run's."""
         store = RunStore(self.directory)

@@ -44,6 +44,9 @@ def serve(
     over_selection: Annotated[float, typer.Option(help="Devices that are asked, as a multiple of the cohort.")] = 1.3,
     window: Annotated[float, typer.Option(help="Seconds to wait for devices to check in for a round.")] = 300.0,
     minimum: Annotated[int, typer.Option(help="Uploads that suffice at the deadline; 0 = three quarters of the cohort.")] = 0,
+    metrics: Annotated[
+        str, typer.Option(help="Where Prometheus may ask, at /metrics; nowhere if not given.", metavar="HOST:PORT")
+    ] = "",
     registry: Annotated[
         str, typer.Option(help="Repository of releases that devices read here; that of [release] if not given.")
     ] = "",
@@ -82,7 +85,9 @@ def serve(
         choice = Choice(over_selection, window, minimum, devices)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            served = ServedGateway(folder, where, listen, repository=releases, release_every=release_every)
+            served = ServedGateway(
+                folder, where, listen, metrics=metrics, run=directory, repository=releases, release_every=release_every
+            )  # fmt: skip
             with served as gateway, attended(folder.directory, releases, keys, _teller(as_json=as_json), min(30.0, release_every)):
                 print(shown(gateway.address, directory, as_json=as_json), flush=True)
                 with DeviceRun(config, directory, folder, where, choice, resume=resume) as run:

@@ -12,6 +12,7 @@ from google.protobuf.message import DecodeError, Message
 from fedcore.errors import FedcoreError, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.limits import ReadingRoom
+from fedcore.gateway.metrics import Meter
 from fedcore.gateway.refusals import FAILURE_KEY, STATUS, GatewayRefusal
 from fedcore.secagg.committee_wire import one_line
 
@@ -21,39 +22,49 @@ _TEXT = 300
 _LOG = logging.getLogger(__name__)
 
 
-def unary(room: ReadingRoom, kind: type[Message], answer: Callable[[Any], Awaitable[Message]]) -> Callable[..., Awaitable[bytes]]:
+def unary(
+    room: ReadingRoom, meter: Meter, method: str, kind: type[Message], answer: Callable[[Any], Awaitable[Message]]
+) -> Callable[..., Awaitable[bytes]]:
     """The behaviour of a call with one reply, for a stream_unary handler: only so is nothing read before there is a seat."""
 
     async def serve(_: Any, context: Any) -> bytes:
-        try:
-            return bytes((await answer(await _read(room, kind, context))).SerializeToString())
-        except Exception as error:  # noqa: BLE001 - a defect is told apart below
-            problem = error
-        await _refuse(context, problem)
+        with meter.call(method):
+            try:
+                reply = await answer(await _read(room, meter, method, kind, context))
+                data = bytes(reply.SerializeToString())
+            except Exception as error:  # noqa: BLE001 - a defect is told apart below
+                problem = error
+            else:
+                meter.told(method, reply, len(data))
+                return data
+            await _refuse(context, meter, method, problem)
         raise AssertionError  # it has raised
 
     return serve
 
 
 def streaming(
-    room: ReadingRoom, kind: type[Message], answer: Callable[[Any], AsyncIterator[Message]]
+    room: ReadingRoom, meter: Meter, method: str, kind: type[Message], answer: Callable[[Any], AsyncIterator[Message]]
 ) -> Callable[..., AsyncIterator[bytes]]:
     """The behaviour of a call with many replies, for a stream_stream handler."""
 
     async def serve(_: Any, context: Any) -> AsyncIterator[bytes]:
-        try:
-            async for one in answer(await _read(room, kind, context)):
-                yield one.SerializeToString()
-        except Exception as error:  # noqa: BLE001 - a defect is told apart below
-            problem = error
-        else:
-            return
-        await _refuse(context, problem)
+        with meter.call(method):
+            try:
+                async for one in answer(await _read(room, meter, method, kind, context)):
+                    data = one.SerializeToString()
+                    meter.told(method, one, len(data))
+                    yield data
+            except Exception as error:  # noqa: BLE001 - a defect is told apart below
+                problem = error
+            else:
+                return
+            await _refuse(context, meter, method, problem)
 
     return serve
 
 
-async def _read(room: ReadingRoom, kind: type[Message], context: Any) -> Any:
+async def _read(room: ReadingRoom, meter: Meter, method: str, kind: type[Message], context: Any) -> Any:
     import grpc
 
     async with room.seat(_address(context.peer())):
@@ -61,12 +72,14 @@ async def _read(room: ReadingRoom, kind: type[Message], context: Any) -> Any:
     if data is grpc.aio.EOF:
         raise GatewayRefusal(pb.MALFORMED, "the call holds no request")
     try:
-        return kind.FromString(data)
+        request = kind.FromString(data)
     except DecodeError:
         raise GatewayRefusal(pb.MALFORMED, "the request cannot be read") from None
+    meter.asked(method, request, len(data))
+    return request
 
 
-async def _refuse(context: Any, error: Exception) -> None:
+async def _refuse(context: Any, meter: Meter, method: str, error: Exception) -> None:
     """End the call with what the error means. A defect's text could hold anything: only its kind and place are told, to the log."""
     import grpc
 
@@ -77,6 +90,7 @@ async def _refuse(context: Any, error: Exception) -> None:
     else:
         _LOG.warning("%s", one_line(str(error)) if isinstance(error, TryAgain) else f"failed: {_place(error)}")
         refusal = GatewayRefusal(pb.BUSY, "the gateway cannot do this now", retry_after=1000)
+    meter.refused(method, refusal.reason)
     metadata = ((FAILURE_KEY, refusal.failure().SerializeToString()),)
     await context.abort(getattr(grpc.StatusCode, STATUS[refusal.reason]), one_line(str(refusal))[:_TEXT], metadata)
 

@@ -21,12 +21,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedcore.errors import FedcoreError, Refused
+from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.commits import Committer
 from fedcore.gateway.door import GatewaySettings
 from fedcore.gateway.limits import Limits
 from fedcore.gateway.messages import FleetTrust
+from fedcore.gateway.metrics import Family, MetricsServer, exposition, run_families
 from fedcore.gateway.pace import Pace
 from fedcore.gateway.service import Gateway
 from fedcore.gateway.tls import is_loopback, read_tls
@@ -54,6 +55,8 @@ class ProcessSettings:
     signer: str = ""
     share_port: bool = False
     hold: float = 30.0
+    metrics: str = ""
+    run: Path | None = None
     repository: str = ""
     release_every: float = 1800.0
     limits: Limits = field(default_factory=Limits)
@@ -67,7 +70,7 @@ class ProcessSettings:
             Refused: a key is unknown or missing.
         """
         try:
-            paths = {name: Path(table[name]) for name in ("blobs", "trust", "time_key", "tls") if table.get(name)}
+            paths = {name: Path(table[name]) for name in ("blobs", "trust", "time_key", "tls", "run") if table.get(name)}
             parts = {"limits": Limits(**table.get("limits", {})), "pace": Pace(**table.get("pace", {}))}
             return cls(**(dict(table) | paths | parts))
         except TypeError as error:
@@ -168,10 +171,28 @@ async def serve(settings: ProcessSettings, ready: Callable[[str], None]) -> None
         opened, lambda: open_gateway_store(settings.store), Blobs(settings.blobs), settings.listen, tls=tls,
         share_port=settings.share_port,
     )  # fmt: skip
+    watched = MetricsServer(settings.metrics, lambda: _exposed(server.gateway, settings.run)) if settings.metrics else None
     await server.start()
-    ready(server.address)
-    await stopped.wait()
-    await server.stop()
+    try:
+        if watched:
+            await watched.start()
+        ready(server.address)
+        await stopped.wait()
+    finally:
+        if watched:
+            watched.stop()
+        await server.stop()
+
+
+async def _exposed(gateway: Gateway, run: Path | None) -> str:
+    """All metrics; what the store has to tell is missing while it is away."""
+    away = 0
+    try:
+        families = await gateway.metrics()
+    except TryAgain:
+        away, families = 1, gateway.meter.families()
+    families.append(Family("fedcore_gateway_store_up", "gauge", "Whether the store answers.", {(): 1 - away}))
+    return exposition([*families, *(await asyncio.to_thread(run_families, run) if run else ())])
 
 
 def _main() -> None:

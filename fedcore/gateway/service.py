@@ -26,6 +26,7 @@ from fedcore.gateway.fleet import Told, lacking, why_ineligible
 from fedcore.gateway.identity import check_enrolment, check_request, issue_token, read_token, spell
 from fedcore.gateway.limits import Buckets, ReadingRoom
 from fedcore.gateway.messages import Enrolment, RoundToken
+from fedcore.gateway.metrics import Family, FleetView, Labels, Meter, view_of
 from fedcore.gateway.pace import first_wait, wait
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.gateway.releases import Desk
@@ -53,7 +54,8 @@ class Gateway:
     ) -> None:  # fmt: skip
         self._settings, self._committer, self._blobs, self._clock = settings, committer, blobs, clock
         limits = settings.limits
-        self.board = Board(committer)
+        self.board, self.meter = Board(committer), Meter()
+        self._viewed, self._view = 0.0, FleetView({}, {}, {})
         self._room, self._door = ReadingRoom(limits), Door(settings, committer, clock)
         self._transfers = Buckets(50 * limits.rate, 20 * limits.burst)
         self._desk = Desk(committer, settings.time_key, settings.release_every, clock)
@@ -70,13 +72,38 @@ class Gateway:
             "Upload": (pb.SignedRequest, self._upload), "Report": (pb.SignedRequest, self._report),
             "Forget": (pb.SignedRequest, self._forget), "Release": (pb.SignedRequest, self._release),
         }  # fmt: skip
-        calls = {name: grpc.stream_unary_rpc_method_handler(unary(self._room, *what)) for name, what in plain.items()}
-        calls["Fetch"] = grpc.stream_stream_rpc_method_handler(streaming(self._room, pb.FetchRequest, self._fetch))
+        calls = {
+            name: grpc.stream_unary_rpc_method_handler(unary(self._room, self.meter, name, *what)) for name, what in plain.items()
+        }
+        fetch = streaming(self._room, self.meter, "Fetch", pb.FetchRequest, self._fetch)
+        calls["Fetch"] = grpc.stream_stream_rpc_method_handler(fetch)
         return grpc.method_handlers_generic_handler(SERVICE, calls)
 
     async def follow(self) -> None:
         """Keep up with the rounds, the size of the fleet, and what may be forgotten; until cancelled."""
         await asyncio.gather(self.board.follow(), self._tidy())
+
+    async def metrics(self) -> list[Family]:
+        """What there is to watch. The fleet is looked at anew when the last look is older than ten seconds, and a millisecond for
+        each device.
+
+        Raises:
+            TryAgain: the store is away.
+        """
+        now = self._clock()
+        if now >= self._viewed + 10 + self._view.devices / 1000:
+            self._view, self._viewed = await self._committer.call(lambda store: view_of(store.devices(), now)), now
+        running, uploads = self.board.running(), 0
+        for one in running:
+            uploads += len(await self._committer.call(lambda store, key=one.round.key: store.contributions(key)))  # type: ignore[misc]
+        states: dict[Labels, float] = {(("state", "forming"),): len(self.board.forming()), (("state", "running"),): len(running)}
+        cohort = sum(len(one.document.cohort) for one in running)
+        return [
+            *self.meter.families(), *self._view.families(),
+            Family("fedcore_rounds", "gauge", "Rounds that go on now.", states),
+            Family("fedcore_round_cohort_devices", "gauge", "Devices that work now.", {(): cohort}),
+            Family("fedcore_round_uploads", "gauge", "Uploads that count in rounds that go on now.", {(): uploads}),
+        ]  # fmt: skip
 
     async def _bearer(self, token: bytes) -> tuple[RoundToken, OpenRound]:
         """Who shows a round token, and the round while it runs.

@@ -36,7 +36,7 @@ from fedcore.state.releases_redis import RedisReleases
 
 __all__ = ["RedisGatewayStore"]
 
-_NEEDED = {"appendonly": ("yes",), "appendfsync": ("always",), "maxmemory-policy": ("noeviction",)}
+_NEEDED = {"appendonly": "yes", "appendfsync": "always", "no-appendfsync-on-rewrite": "no", "maxmemory-policy": "noeviction"}
 _REGISTER = """
 local id, algorithm, key, not_after = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if redis.call('EXISTS', KEYS[1]) == 0 then
@@ -242,6 +242,10 @@ class RedisGatewayStore:
         keys = [self._key("round", key), self._key("contributions", key), self._key("partials", key)]
         values: list[Any] = [part for one in contributions for part in (one.device, one.digest)]
         with self._clear_errors():
+            try:
+                self._check_durability()  # it may have been set up anew, or begun again without its settings
+            except Refused as error:
+                raise TryAgain(f"{error}; nothing is counted until it is set right") from None
             answer = self._run("accept", keys, [writer, partial, self._key("taken", ""), *values])
         if answer[0] != b"repeated":
             return Acceptance(counted=answer[0] == b"counted")
@@ -297,17 +301,29 @@ class RedisGatewayStore:
         return self._key("taken", str(device))
 
     def _check_durability(self) -> None:
+        """Ask the server whether it would keep what it acknowledges.
+
+        Raises:
+            Refused: it would not, or nobody can tell.
+        """
+        pipeline = self._redis.pipeline(transaction=False)
+        for name in _NEEDED:
+            pipeline.config_get(name)
+        pipeline.info("replication")
         try:
-            found = {name: cast("dict[Any, Any]", self._redis.config_get(name)) for name in _NEEDED}
-        except redis.ResponseError:
+            *answers, replication = cast("list[dict[Any, Any]]", pipeline.execute())
+        except redis.ResponseError as error:
+            if str(error).startswith(("NOAUTH", "WRONGPASS")):
+                raise
             raise Refused(f"{self._shown}: does not allow CONFIG GET, so nobody can tell whether it keeps anything") from None
-        for name, allowed in _NEEDED.items():
-            value = next((_text(one) for one in found[name].values()), "")
-            if value not in allowed:
+        for (name, needed), found in zip(_NEEDED.items(), answers, strict=True):
+            value = next((_text(one) for one in found.values()), "")
+            if value != needed:
                 raise Refused(
-                    f"{self._shown}: would lose uploads that were acknowledged: {name} is {value or 'unknown'}, "
-                    f"it must be {allowed[0]}"
+                    f"{self._shown}: would lose uploads that were acknowledged: {name} is {value or 'unknown'}, it must be {needed}"
                 )
+        if _text(replication.get("role", "")) != "master":
+            raise Refused(f"{self._shown}: is a replica; a gateway's store is written to the master")
 
     @contextlib.contextmanager
     def _clear_errors(self) -> Iterator[None]:
@@ -316,6 +332,9 @@ class RedisGatewayStore:
         except redis.AuthenticationError:
             raise Refused(f"{self._shown}: user or password was not accepted") from None
         except redis.RedisError as error:
+            held = self._redis.connection if hasattr(self, "_redis") else None
+            if held is not None and isinstance(error, (redis.ConnectionError, redis.TimeoutError)):
+                held.disconnect()  # a pipeline leaves a broken connection as it is; the next call begins a new one
             kind = str(error).split(" ", 1)[0] if isinstance(error, redis.ResponseError) else type(error).__name__
             if kind in {"NOPERM", "NOAUTH", "WRONGTYPE", "READONLY"}:
                 raise Refused(f"{self._shown}: refuses what a gateway's store needs ({kind})") from None

@@ -434,6 +434,7 @@ def test_a_redis_that_is_killed_keeps_what_it_acknowledged():
     [
         ((), "appendonly is no, it must be yes"),
         (("--appendonly", "yes"), "appendfsync is everysec, it must be always"),
+        ((*DURABLE, "--no-appendfsync-on-rewrite", "yes"), "no-appendfsync-on-rewrite is yes, it must be no"),
         ((*DURABLE, "--maxmemory-policy", "allkeys-lru"), "maxmemory-policy is allkeys-lru, it must be noeviction"),
     ],
 )
@@ -442,6 +443,30 @@ def test_a_redis_that_would_lose_uploads_is_refused(options, said):
     try:
         with pytest.raises(Refused, match=f"would lose uploads that were acknowledged: {said}"):
             open_gateway_store(server.url("a"))
+    finally:
+        server.kill()
+        shutil.rmtree(server.folder, ignore_errors=True)
+
+
+def test_a_redis_that_loses_its_settings_counts_nothing_until_it_has_them_again():
+    import redis
+
+    server = RedisServer()
+    try:
+        store = open_gateway_store(server.url("a"))
+        store.register(device(1))
+        running(store)
+        settings = redis.Redis(unix_socket_path=str(server.folder / "redis.sock"))
+        settings.config_set("appendfsync", "everysec")
+        with pytest.raises(TryAgain, match="appendfsync is everysec, it must be always; nothing is counted"):
+            store.accept("r1", "w", b"sum", [Contribution(1, bytes(32))])
+        assert store.contributions("r1") == []
+        settings.config_set("appendfsync", "always")
+        assert store.accept("r1", "w", b"sum", [Contribution(1, bytes(32))]).counted
+        settings.replicaof("127.0.0.1", "1")
+        with pytest.raises(TryAgain, match="is a replica"):
+            store.accept("r1", "w", b"sum", [Contribution(2, bytes(32))])
+        store.close()
     finally:
         server.kill()
         shutil.rmtree(server.folder, ignore_errors=True)

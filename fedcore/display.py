@@ -68,7 +68,7 @@ def _headline(run: FederatedRun) -> str:
     config, engine = run.config, run.assembly.engine
     start = f", continuing after round {run.first_round - 1}" if run.first_round > 1 else ""
     return (
-        f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, cohort {_planned(run)}, "
+        f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, {_who_trains(run)}, "
         f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {run.grid.place}){start}"
     )
 
@@ -76,6 +76,7 @@ def _headline(run: FederatedRun) -> str:
 def _line(metrics: dict[str, Any], watch: _Watch) -> str:
     parts = [f"round {metrics['round']}/{watch.total}", f"cohort {metrics['cohort']}", _accuracy(metrics)]
     parts += [f"dropped {len(metrics['dropped'])}"] if metrics["dropped"] else []
+    parts += _times(metrics)
     parts += [f"tried {1 + len(metrics['failed_attempts'])} times"] if metrics.get("failed_attempts") else []
     parts += [
         f"{metrics['timing']['clients_per_second']:.0f} clients/s",
@@ -92,6 +93,14 @@ def _accuracy(metrics: dict[str, Any]) -> str:
         return ""
     quantized = f" (quantized {metrics['fake_quant_accuracy']:.3f})" if "fake_quant_accuracy" in metrics else ""
     return f"accuracy {metrics['accuracy']:.3f}{quantized}"
+
+
+def _times(metrics: dict[str, Any]) -> list[str]:
+    """Where a run has them: the time on a virtual clock, how old updates were in server steps, and work that was thrown away."""
+    parts = [f"virtual {human_seconds(metrics['virtual_seconds'])}"] if "virtual_seconds" in metrics else []
+    if "staleness_mean" in metrics:
+        parts.append(f"stale {metrics['staleness_mean']:.1f} (max {metrics['staleness_max']})")
+    return parts + ([f"discarded {metrics['discarded']}"] if metrics.get("discarded") else [])
 
 
 def _privacy(metrics: dict[str, Any]) -> list[str]:
@@ -137,22 +146,32 @@ def _bars(run: SimulatedRun, watch: _Watch) -> Progress:
     return bars
 
 
+def _who_trains(run: FederatedRun) -> str:
+    one = run.config.asynchronous
+    if not one.buffer:
+        return f"cohort {_planned(run)}"
+    return f"{one.at_once(len(run.assembly.data.clients))} at once, a step every {one.buffer} updates"
+
+
 def _planned(run: FederatedRun) -> int:
     return run.config.cohort.size or len(run.assembly.data.clients)
 
 
 def _table(recent: list[dict[str, Any]], watch: _Watch) -> Table:
     table = Table(box=None, padding=(0, 2), header_style="dim")
-    private = any("privacy" in metrics for metrics in recent)
+    private, timed = any("privacy" in metrics for metrics in recent), any("virtual_seconds" in metrics for metrics in recent)
+    stale = any("staleness_mean" in metrics for metrics in recent)
     names = ("round", "cohort", "dropped", "train loss", "accuracy", "quantized", "clients/s", "up", "down")
-    for name in (*names, "privacy") if private else names:
+    for name in (*names, *(["virtual"] if timed else []), *(["stale"] if stale else []), *(["privacy"] if private else [])):
         table.add_column(name, justify="right")
     for metrics in recent:
         numbers = [_number(metrics, key) for key in ("train_loss", "accuracy", "fake_quant_accuracy")]
         rate = f"{metrics['timing']['clients_per_second']:.0f}"
         traffic = [human_bytes(metrics[key]) for key in ("bytes_up", "bytes_down")]
         counts = [f"{metrics['round']}/{watch.total}", str(metrics["cohort"]), str(len(metrics["dropped"]))]
-        table.add_row(*counts, *numbers, rate, *traffic, *([", ".join(_privacy(metrics))] if private else []))
+        fleet = [human_seconds(metrics.get("virtual_seconds", 0.0))] if timed else []
+        fleet += [f"{metrics['staleness_mean']:.1f} ({metrics['staleness_max']})"] if stale else []
+        table.add_row(*counts, *numbers, rate, *traffic, *fleet, *([", ".join(_privacy(metrics))] if private else []))
     return table
 
 

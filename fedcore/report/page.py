@@ -40,6 +40,7 @@ from fedcore.report.charts import (
     stack_chart,
     thin,
 )
+from fedcore.report.fleet import fleet_cards, fleet_tiles
 from fedcore.report.privacy import privacy_cards, privacy_tiles, statements
 from fedcore.report.secure import secure_cards, secure_statements
 
@@ -62,7 +63,7 @@ def write_report(directory: Path) -> Path:
     run = read_run(directory)
     parts = {
         "Learning": _learning(run), "Privacy": [*privacy_cards(run), *secure_cards(run)],
-        "Clients": _clients(run), "Data": _data(run), "Cost": _cost(run),
+        "Fleet": fleet_cards(run), "Clients": _clients(run), "Data": _data(run), "Cost": _cost(run),
     }  # fmt: skip
     path = directory / "report.html"
     render(
@@ -109,9 +110,10 @@ def _subtitle(run: Run) -> str:
     }
     parts = [f"{run.config.strategy.name} on {data.dataset}", f"model {run.config.model.name}"]
     parts += [f"{clients:,} clients, {data.partition}{shape.get(data.partition, '')}"] if clients else [data.partition]
-    return " · ".join(
-        [*parts, f"cohort of {cohort.size:,}" if cohort.size else "all clients each round", f"seed {run.config.run.seed}"]
-    )
+    one = run.config.asynchronous
+    trained = f"cohort of {cohort.size:,}" if cohort.size else "all clients each round"
+    trained = f"asynchronous, a step every {one.buffer:,} updates" if one.buffer else trained
+    return " · ".join([*parts, trained, f"seed {run.config.run.seed}"])
 
 
 def _tiles(run: Run) -> list[Tile]:
@@ -138,7 +140,7 @@ def _tiles(run: Run) -> list[Tile]:
     )
     if "engine" in result:
         tiles.append(Tile("engine", str(result["engine"]), str(result.get("engine_reason", ""))))
-    return tiles + _model_tile(result) + privacy_tiles(run)
+    return tiles + fleet_tiles(run) + _model_tile(result) + privacy_tiles(run)
 
 
 def _model_tile(result: dict[str, Any]) -> list[Tile]:

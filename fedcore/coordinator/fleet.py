@@ -182,6 +182,8 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
 class ServedGateway:
     """The enrolment signer, and a gateway as a process of its own that is started again when it dies; a context manager.
 
+    Devices read releases from ``repository``, if there is one, and ask for theirs every ``release_every`` seconds.
+
     With ``metrics`` (HOST:PORT) the gateway tells Prometheus how it is, and the run in the directory ``run``.
 
     Raises:
@@ -191,7 +193,7 @@ class ServedGateway:
 
     def __init__(
         self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0, metrics: str = "",
-        run: Path | None = None,
+        run: Path | None = None, repository: str = "", release_every: float = 1800.0,
     ) -> None:  # fmt: skip
         self._folder, self._listen = folder, listen
         self._sockets = Path(tempfile.mkdtemp(prefix="fedcore-"))  # a socket's path must be short
@@ -200,7 +202,8 @@ class ServedGateway:
         self._settings = {
             "store": store or folder.store, "blobs": str(folder.blobs), "trust": str(folder.fleet.trust_file),
             "time_key": str(folder.fleet.time_key), "tls": str(folder.fleet.gateway), "signer": self._enrolments.address,
-            "hold": hold, "pace": {"least": least}, "metrics": metrics, "run": str(run.absolute()) if run else "",
+            "hold": hold, "repository": repository, "release_every": release_every,
+            "pace": {"least": least}, "metrics": metrics, "run": str(run.absolute()) if run else "",
         }  # fmt: skip
         self._ending = threading.Event()
         self.address = ""

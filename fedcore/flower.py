@@ -10,9 +10,9 @@ import logging
 import math
 import os
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 for _name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
     os.environ.setdefault(_name, "1")
@@ -28,6 +28,8 @@ from flwr.supercore.task_identity import TaskIdentity  # noqa: E402
 
 from fedcore.errors import Refused, RoundFailed  # noqa: E402
 from fedcore.models import ParameterLayout  # noqa: E402
+from fedcore.privacy.exposure import ClientId  # noqa: E402
+from fedcore.privacy.release import Release  # noqa: E402
 
 __all__ = [
     "METRICS",
@@ -35,6 +37,7 @@ __all__ = [
     "Answer",
     "ClientGrid",
     "Facts",
+    "Gathering",
     "Roster",
     "answer_all",
     "assume_identity",
@@ -254,8 +257,34 @@ def facts_of(reply: Message) -> Facts:
         raise Refused(f"node {reply.metadata.src_node_id} sent facts that cannot be read") from error
 
 
+class Gathering(Protocol):
+    """A grid whose clients come by themselves: nobody draws them, and they are charged when it is known who came.
+
+    Clients have names, which are the same in all runs, and numbers, which are a run's own: ``numbers`` keeps those of names.
+    ``pay`` is told the round, the names of the clients that are about to be given protected work, and how it is summed; where it
+    raises, none is given. A grid that has no ``pay`` gives no such work.
+    """
+
+    numbers: Callable[[Sequence[str]], Sequence[int]] | None
+    pay: Callable[[int, Sequence[str], Release | None], None] | None
+
+    def gather(self, kind: str, round_number: int, resting: Collection[ClientId]) -> tuple[int, ...]:
+        """Wait for clients of a round of training or evaluation; the numbers of those chosen, none of them ``resting`` (by name).
+
+        Raises:
+            RoundFailed: too few came.
+            BudgetSpent: too few of those that may still take part.
+        """
+        ...
+
+
 class ClientGrid(Grid):
     """A Grid with the calls that Flower's own strategies make: ``get_node_ids`` and ``send_and_receive``; it refuses the others."""
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """What gathers the clients; None where the coordinator draws them."""
+        return None
 
     def set_run(self, run: Run) -> None:
         """Our grids are told nothing of Flower's runs."""

@@ -10,6 +10,7 @@ from fedcore.config import PrivacyConfig
 from fedcore.coordinator.privacy import Protection
 from fedcore.errors import Refused
 from fedcore.privacy.accountant import epsilon, without_amplification
+from fedcore.privacy.exposure import ClientId
 from fedcore.privacy.ledger import Charge, Ledger, Unit
 from fedcore.privacy.release import Release
 
@@ -24,17 +25,20 @@ class Budget:
         self._history = list(ledger.charges())
         self._check_units()
 
-    def resting(self, round_number: int) -> frozenset[int]:
+    def resting(self, round_number: int) -> frozenset[ClientId]:
         """Clients that must not take part in the round.
 
         A simulated round that is repeated after a crash draws as it did: from what stood before its own charge.
         """
         history = self._read()
+        if self._fresh:
+            mine = [charge for charge in history if charge.run == self._run]
+            return self._protection.resting(history) | self._protection.resting_after_attempts(mine, round_number)
         own = (n for n, charge in enumerate(history) if (charge.run, charge.round) == (self._run, round_number))
-        return self._protection.resting(history if self._fresh else history[: next(own, None)])
+        return self._protection.resting(history[: next(own, None)])
 
-    def charge(self, round_number: int, cohort: Sequence[int], release: Release | None) -> None:
-        """Pay for a round; durable when this returns.
+    def charge(self, round_number: int, cohort: Sequence[ClientId], release: Release | None) -> None:
+        """Pay for a round, or with new noise for another attempt at it; durable when this returns.
 
         Raises:
             BudgetSpent: a unit's budget does not suffice; nothing was charged.

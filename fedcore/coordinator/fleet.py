@@ -2,7 +2,7 @@
 
 fleet/      keys of signer, coordinator, TLS authority and gateway, and fleet.trust (`gateway.deployment`)
 publisher/  publisher.key, which signs training steps; it may be moved away, and what it signed be put into steps/
-steps/      HASH.onnx, and HASH.sig beside it
+steps/      HASH.onnx, training steps and evaluation graphs, and HASH.sig beside each
 store.sqlite, blobs/, gateway.json, gateway.log
 """
 
@@ -21,6 +21,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ from fedcore.gateway.enrolment import EnrolmentServer, LocalSigner
 from fedcore.grids.device import Offering
 from fedcore.models import layout_of
 from fedcore.portable.signature import SIGNATURE, check_step_signature, sign_step
-from fedcore.portable.step import PortableStep, portable_step
+from fedcore.portable.step import PortableStep, portable_evaluation, portable_step
 from fedcore.quantization.layers import calibrate
 from fedcore.quantization.wire import encode_model
 from fedcore.secagg.keys import new_directory, new_signing_key, read_signing_key
@@ -40,6 +41,7 @@ from fedcore.secagg.messages import TrustBundle
 __all__ = ["FleetFolder", "ServedGateway", "least_uploads", "offering"]
 
 _PUBLISHER = "publisher"
+_EVALUATED = 32  # examples that a device evaluates at once
 _READY = 30.0  # seconds that a gateway has to begin
 # A gateway whose coordinator was killed would keep the port that the next one needs: it dies with it (PR_SET_PDEATHSIG, SIGKILL).
 _PROGRAM = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -125,8 +127,8 @@ class FleetFolder:
         fresh.write_bytes(dataclasses.replace(trust, committee=bundle.encode()).encode())
         fresh.replace(self.fleet.trust_file)
 
-    def signature(self, step: PortableStep) -> bytes:
-        """The publisher's signature over a step: from steps/, or of the publisher's key where it lies here.
+    def signature(self, step: PortableStep[Any]) -> bytes:
+        """The publisher's signature over a step or an evaluation: from steps/, or of the publisher's key where it lies here.
 
         Raises:
             Refused: neither; the step lies in steps/ then, to be judged and signed elsewhere.
@@ -147,9 +149,10 @@ class FleetFolder:
 
 
 def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
-    """What plans of a scenario name beside the model: the training step and its signature, and the frozen parameters.
+    """What plans of a scenario name beside the model: the training step, the evaluation graph where devices evaluate, both
+    signatures, and the frozen parameters.
 
-    A model whose activations are rounded from a later round on has two steps; "early-step" is the one before.
+    A model whose activations are rounded from a later round on has two of each; "early-step" is the one before.
 
     Raises:
         Refused: the model has a layer without a form for devices, or a step is not signed.
@@ -158,20 +161,23 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
     shape = tuple(assembly.data.dataset.train.x.shape[1:])
     unit = "example" if assembly.protection.example else ""
 
-    def export() -> PortableStep:
-        return portable_step(
-            model, shape, batch=config.training.batch_size, unit=unit, cache=folder.directory / "steps" / "checked"
-        )
+    def export(prefix: str = "") -> dict[str, bytes]:
+        cache = folder.directory / "steps" / "checked"
+        graphs: dict[str, PortableStep[Any]] = {
+            "step": portable_step(model, shape, batch=config.training.batch_size, unit=unit, cache=cache)
+        }
+        if config.evaluation.federated_every:
+            graphs["evaluation"] = portable_evaluation(model, shape, batch=_EVALUATED, cache=cache)
+        found = {f"{prefix}{name}": graph.data for name, graph in graphs.items()}
+        return found | {f"{prefix}{name}-signature": folder.signature(graph) for name, graph in graphs.items()}
 
     blobs: dict[str, bytes] = {}
     if config.quantization.enabled:
         if config.quantization.calibrate_round > 1:
-            early = export()
-            blobs |= {"early-step": early.data, "early-step-signature": folder.signature(early)}
+            blobs |= export("early-")
         examples = assembly.data.dataset.train.take(assembly.data.calibration)
         calibrate(model, torch.from_numpy(examples.x).split(256))
-    step = export()
-    blobs |= {"step": step.data, "step-signature": folder.signature(step)}
+    blobs |= export()
     frozen = layout_of(model, trainable=False)
     if frozen.size:
         values = frozen.join({name: p.detach().numpy() for name, p in model.named_parameters() if not p.requires_grad})
@@ -182,19 +188,12 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
 class ServedGateway:
     """The enrolment signer, and a gateway as a process of its own that is started again when it dies; a context manager.
 
-    Devices read releases from ``repository``, if there is one, and ask for theirs every ``release_every`` seconds.
-
-    With ``metrics`` (HOST:PORT) the gateway tells Prometheus how it is, and the run in the directory ``run``.
-
     Raises:
         Refused: the address cannot be listened at, or takes TLS.
         TryAgain: the gateway does not begin.
     """
 
-    def __init__(
-        self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0, metrics: str = "",
-        run: Path | None = None, repository: str = "", release_every: float = 1800.0,
-    ) -> None:  # fmt: skip
+    def __init__(self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0) -> None:
         self._folder, self._listen = folder, listen
         self._sockets = Path(tempfile.mkdtemp(prefix="fedcore-"))  # a socket's path must be short
         self._signer = folder.signer()
@@ -202,8 +201,7 @@ class ServedGateway:
         self._settings = {
             "store": store or folder.store, "blobs": str(folder.blobs), "trust": str(folder.fleet.trust_file),
             "time_key": str(folder.fleet.time_key), "tls": str(folder.fleet.gateway), "signer": self._enrolments.address,
-            "hold": hold, "repository": repository, "release_every": release_every,
-            "pace": {"least": least}, "metrics": metrics, "run": str(run.absolute()) if run else "",
+            "hold": hold, "pace": {"least": least},
         }  # fmt: skip
         self._ending = threading.Event()
         self.address = ""
@@ -236,9 +234,7 @@ class ServedGateway:
 
     def _begin(self) -> None:
         file, log = self._folder.directory / "gateway.json", self._folder.directory / "gateway.log"
-        fresh = file.with_suffix(".new")  # a crash leaves no half of it: other commands read the store's place there
-        fresh.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
-        fresh.replace(file)
+        file.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this package
                 [*_BOUND, "-m", "fedcore.gateway.process", str(file)], stdout=subprocess.PIPE, stderr=errors,
@@ -262,7 +258,7 @@ class ServedGateway:
             while not self._ending.wait(_PAUSE):
                 try:
                     self._begin()
-                except (TryAgain, OSError):  # a full disk does not last for ever either
+                except TryAgain:
                     continue
                 break
 

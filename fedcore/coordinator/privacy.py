@@ -20,6 +20,7 @@ from fedcore.data import FederatedData
 from fedcore.errors import Refused
 from fedcore.flower import only_record
 from fedcore.privacy.accountant import DpSgd, GaussianRelease, SkellamRelease, solve_noise
+from fedcore.privacy.exposure import ClientId
 from fedcore.privacy.ledger import Charge
 from fedcore.privacy.mechanisms import adapt
 from fedcore.privacy.randomness import derive_key
@@ -110,7 +111,9 @@ class Protection:
         """What the scenario says of each unit that is protected."""
         return [unit.config for unit in (self.example, self.client) if unit]
 
-    def charges(self, run: str, round_number: int, attempt: int, cohort: Sequence[int], release: Release | None) -> list[Charge]:
+    def charges(
+        self, run: str, round_number: int, attempt: int, cohort: Sequence[ClientId], release: Release | None
+    ) -> list[Charge]:  # fmt: skip
         """What the ledger must hold before anything of a round is learnt."""
         clients, now = tuple(cohort), datetime.now(UTC).isoformat(timespec="seconds")
         found = []
@@ -122,7 +125,7 @@ class Protection:
             found.append(Charge(run, round_number, attempt, "client", spent, clients, now, delta))
         return found
 
-    def resting(self, history: Sequence[Charge]) -> frozenset[int]:
+    def resting(self, history: Sequence[Charge]) -> frozenset[ClientId]:
         """Clients that must not take part in a round: their participations are used up, or the last one is too recent.
 
         ``history``: the population's charges before the round, in order.
@@ -133,7 +136,18 @@ class Protection:
         releases = [charge.clients for charge in history if charge.unit == "client"]
         taken = Counter(client for clients in releases for client in clients) if cap else {}
         recent = {client for clients in releases[max(0, len(releases) - separation + 1) :] for client in clients}
-        return frozenset(int(client) for client in recent | {client for client, count in taken.items() if count >= cap})
+        return frozenset(recent | {client for client, count in taken.items() if count >= cap})
+
+    def resting_after_attempts(self, own: Sequence[Charge], round_number: int) -> frozenset[ClientId]:
+        """Clients of which a run's ``own`` charges show that one more round is too soon, however often rounds were attempted.
+
+        `resting` counts releases, of which a round that was tried again has several; what the noise was solved for counts rounds.
+        """
+        separation = self.client.config.min_separation if self.client else 1
+        if separation == 1:
+            return frozenset()
+        recent = [charge for charge in own if charge.unit == "client" and round_number - charge.round < separation]
+        return frozenset(client for charge in recent for client in charge.clients)
 
     def check_task(self, task: RoundTask, *, trains: bool) -> None:
         """On a client: see that it is asked for no less protection than its own scenario has.

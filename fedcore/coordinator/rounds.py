@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar, cast
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
 from fedcore.coordinator.assembly import Assembly, naming_the_model
@@ -27,7 +27,7 @@ from fedcore.coordinator.scores import by_client, tell_scores
 from fedcore.coordinator.selection import EVALUATE, TRAIN, draw_cohort, toss_coins
 from fedcore.data.fleet import draw_fleet
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed
-from fedcore.flower import Facts, Roster, facts_of, from_record, only_record, seed_strategies, to_nobody, to_record
+from fedcore.flower import Facts, Gathering, Roster, facts_of, from_record, only_record, seed_strategies, to_nobody, to_record
 from fedcore.models import layout_of
 from fedcore.quantization.layers import calibrate, float_arithmetic, set_activation_ranges
 from fedcore.quantization.wire import ActivationRange, decode_model, encode_model
@@ -48,13 +48,19 @@ class DrawnGrid(Protocol):
     """A Flower Grid that shows only the clients drawn, ``nodes``; node ids in facts are client ids.
 
     ``observed``: who took part in a release, which its reply does not tell. ``simulated``: a round that is repeated gives the same
-    bits; else it draws new noise. ``blind``: no client's contribution can be seen.
+    bits; else it draws new noise. ``blind``: no client's contribution can be seen. ``gathering`` stands where clients come by
+    themselves; then nobody is drawn.
     """
 
     simulated: bool
     blind: bool
     nodes: Sequence[int]
     observed: Facts
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """See `flower.Gathering`."""
+        ...
 
     def get_node_ids(self) -> Iterable[int]:
         """As flwr.serverapp.Grid."""
@@ -82,7 +88,11 @@ class Coordinator:
                 'privacy.mechanism = "skellam" protects only where the coordinator sees nothing but the sum; this grid shows it '
                 'every contribution: use [secagg] enabled = true, "gaussian", or simulate'
             )
-        self._grid, self._store, self._model = grid, store, assembly.model
+        self._grid, self._store, self._model, self._gathering = grid, store, assembly.model, grid.gathering
+        if self._gathering:
+            if self._client_unit and self._client_unit.config.sampling == "poisson":
+                raise Refused('privacy.sampling = "poisson": no secret coin says who takes part, whoever comes does; leave it out')
+            self._gathering.numbers, self._gathering.pay = store.numbers, budget.charge if budget else None
         self._fleet = draw_fleet(self.config.fleet, len(assembly.data.clients), self.config.run.seed) if grid.simulated else None
         # Strategies of Flower call no more of a Grid than a DrawnGrid has; where anything is private, none may ask clients itself.
         self._shown = Roster(grid) if assembly.config.privacy or assembly.secured else cast("Grid", grid)
@@ -176,7 +186,7 @@ class Coordinator:
         """The clients that are asked in a round."""
         seed, population = self.config.run.seed, len(self.assembly.data.clients)
         size = min(population, math.ceil(round(self.config.cohort.size * self.config.fleet.over_selection, 9)))
-        resting = self._budget.resting(number) if self._budget else ()
+        resting = {int(client) for client in self._budget.resting(number)} if self._budget else ()
         if self._client_unit and 0 < self._client_unit.rate < 1:
             key = self.assembly.root.derive("coins", number) if self._grid.simulated else secrets.token_bytes(32)
             return toss_coins(key, population, self._client_unit.rate, resting)
@@ -207,6 +217,18 @@ class Coordinator:
         kept, seconds = self._fleet.fastest(number, asked, self.config.cohort.size or len(asked))
         return kept, seconds, {"discarded": len(asked) - len(kept)} if self.config.fleet.over_selection > 1 else {}
 
+    def _recruit(self, number: int) -> tuple[tuple[int, ...], float, Metrics]:
+        """Who is asked in a round: whoever was gathered, or those drawn; and what the wait for them comes to.
+
+        Raises:
+            RoundFailed, BudgetSpent: see `flower.Gathering`.
+        """
+        if self._gathering:
+            return self._gathering.gather(MessageType.TRAIN, number, self._budget.resting(number) if self._budget else ()), 0.0, {}
+        cohort, seconds, waited = self._wait(number, self._draw(number))
+        self._grid.nodes = cohort
+        return cohort, seconds, waited
+
     def _attempt_to_train(self, number: int, progress: Progress) -> Work:
         """A cohort's work, paid for. Real clients come and go: with them a round whose replies do not suffice is tried again,
         with a cohort of its own and a charge of its own."""
@@ -214,27 +236,36 @@ class Coordinator:
         self.observed = []
         secured = self.assembly.secured
         while True:
-            cohort, seconds, waited = self._wait(number, self._draw(number))
-            self._grid.nodes = cohort
+            try:
+                cohort, seconds, waited = self._recruit(number)
+            except (RoundFailed, BudgetSpent) as failure:
+                if not self._gathering:
+                    raise
+                self._give_up(number, (), failure, failures)
+                continue
             noised = self._client_unit.release(number, progress.clipping_norm) if self._client_unit else None
-            if self._budget:
+            if self._budget and not self._gathering:  # which has those charged who will get a plan, just before they do
                 self._budget.charge(number, cohort, noised)
             release = noised or (secured.updates if secured else None)
             messages = self._configure(self._task(number, progress, release), progress, cohort)
             try:
                 replies, facts = self._exchange(messages)
             except RoundFailed as failure:
-                failures.append(str(failure))
-                seen = self._grid.observed
-                self.observed.append(Seen(number, tuple(cohort), seen, str(failure)))
-                if self._grid.simulated:
-                    one = f"; one of the clients: {seen.dropped[0][1]}" if seen.dropped else ""
-                    raise RoundFailed(f"{failure}{one}") from failure
-                if len(failures) >= self.config.cohort.attempts:
-                    raise
+                self._give_up(number, cohort, failure, failures)
             else:
                 self.observed.append(Seen(number, tuple(cohort), self._grid.observed))
                 return Work(tuple(cohort), release, replies, facts, failures, waited, seconds)
+
+    def _give_up(self, number: int, cohort: Sequence[int], failure: FedcoreError, failures: list[str]) -> None:
+        """Note an attempt at a round that failed; raises it where there is no other."""
+        failures.append(str(failure))
+        seen = self._grid.observed
+        self.observed.append(Seen(number, tuple(cohort), seen, str(failure)))
+        if self._grid.simulated:
+            one = f"; one of the clients: {seen.dropped[0][1]}" if seen.dropped else ""
+            raise RoundFailed(f"{failure}{one}") from failure
+        if len(failures) >= self.config.cohort.attempts:
+            raise failure
 
     def _hint(self, work: Work, progress: Progress) -> str:
         """What a person might want to change about how updates are summed."""
@@ -297,9 +328,14 @@ class Coordinator:
 
     def _evaluate_on_clients(self, progress: Progress) -> tuple[Metrics, Facts]:
         number, config = progress.round_number, self.config
-        self._grid.nodes = draw_cohort(
-            config.run.seed, number, len(self.assembly.data.clients), config.cohort.evaluate_size, EVALUATE
-        )  # fmt: skip
+        try:
+            if self._gathering:
+                self._gathering.gather(MessageType.EVALUATE, number, ())
+            else:
+                population, size = len(self.assembly.data.clients), config.cohort.evaluate_size
+                self._grid.nodes = draw_cohort(config.run.seed, number, population, size, EVALUATE)
+        except RoundFailed as failure:  # clients that come by themselves
+            return {"federated_failed": str(failure)}, Facts()
         scores = self.assembly.secured.scores if self.assembly.secured else None
         arrays, record = to_record(self.layout, progress.master), _record(self._task(number, progress, scores))
         messages = self._call(
@@ -312,7 +348,7 @@ class Coordinator:
         try:
             replies, facts = self._exchange(messages)
         except RoundFailed as failure:
-            if not self.assembly.secured:
+            if not (self.assembly.secured or self._gathering):
                 raise
             return {"federated_failed": str(failure)}, Facts()
         found = self._metrics(
@@ -327,10 +363,11 @@ class Coordinator:
 
         Of sums nothing tells who took part: numbers are those of the planned cohort, as if nobody held them yet.
         """
-        now = seen.copy()
-        now[[client for part in (trained, evaluated) for client in (*part.clients, *(c for c, _ in part.dropped))]] = True
+        met = [client for part in (trained, evaluated) for client in (*part.clients, *(c for c, _ in part.dropped))]
+        now = np.zeros(max(len(seen), 1 + max(met, default=-1)), np.bool_)  # more devices may come than the scenario counts
+        now[: len(seen)], now[met] = seen, True
         planned = release.cohort * self.config.secagg.shards if release else 0
-        downloads = planned if release else int((now & ~seen).sum())
+        downloads = planned if release else int(now.sum() - seen.sum())
         return now, {
             "cohort": planned if release else len(trained.clients) + len(trained.dropped),
             "replies": trained.survivors if release else len(trained.clients),
@@ -367,7 +404,7 @@ class Coordinator:
         checkpoint = self._store.latest()
         if checkpoint is None:
             return None
-        size, clients = self.layout.size, len(self.assembly.data.clients)
+        size, clients = self.layout.size, checkpoint.arrays["seen"].size if self._gathering else len(self.assembly.data.clients)
         progress = self._call(
             "load_state_dict", lambda: from_checkpoint(checkpoint, self.strategy, self._origin, size, clients)
         )  # fmt: skip

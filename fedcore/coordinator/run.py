@@ -53,6 +53,11 @@ _KEYED = (
     "derive from a secret key (privacy.key) that is in none of the run's files, not from run.seed: whoever knows the seed learns "
     "nothing about the noise, whoever has the key too can take it off."
 )
+_GATHERED = (
+    "Devices come by themselves, which no secret coin decides: no amplification by sampling is counted in either number. A device "
+    "is charged for each round in which it was given a plan, before it was given it and whether or not it uploaded; one that came "
+    "and was given none is not charged."
+)
 
 
 class RunGrid(DrawnGrid, Protocol):
@@ -145,7 +150,7 @@ class FederatedRun:
             taken.give_up()
 
     def _open_ledger(self) -> Ledger | None:
-        """The ledger of what is protected; its population are the clients of exactly this partition."""
+        """The ledger of what is protected, for exactly the clients of this run."""
         places = {one.ledger for one in self.config.privacy}
         if not places:
             return None
@@ -156,7 +161,11 @@ class FederatedRun:
         (place,) = places
         local = place and "://" not in place
         where = self.config.folder / place if local else place or self.directory
-        return Ledger(open_ledger(where), f"{self.config.data.dataset} {self.assembly.data.digest()}")
+        return Ledger(open_ledger(where), self._population())
+
+    def _population(self) -> str:
+        """Whom a ledger's names of clients refer to."""
+        return f"{self.config.data.dataset} {self.assembly.data.digest()}"
 
     def _check_continuation(self) -> None:
         """Refuse to go on from a commit that the scenario as it is now cannot have made."""
@@ -289,6 +298,8 @@ class FederatedRun:
             words = asdict(spending.statement)
             if self.grid.simulated:
                 words["not_concluded"] = [*words["not_concluded"], _KEYED if self.assembly.root.secret else _SIMULATED]
+            if self.grid.gathering:
+                words["charged"] = _GATHERED
             sampled = protection.client is not None and 0 < protection.client.rate < 1
             found[unit] |= {"participations": None if sampled else spending.participations, "statement": words}
         return found

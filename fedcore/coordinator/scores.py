@@ -28,11 +28,12 @@ def tell_scores(facts: Facts) -> dict[str, Any]:
 
 
 def by_client(facts: Facts, number: int, population: int) -> Mapping[str, Any] | None:
-    """Accuracy and examples of each client after a round, null for those that did not evaluate; None where nobody's is known."""
+    """Accuracy and examples of each client after a round, null for those that did not evaluate; None where nobody's is known.
+    There may be more clients than the ``population`` of the scenario, where devices come by themselves."""
     if not facts.accuracies:
         return None
     known = {client: (accuracy, examples) for client, accuracy, examples in facts.accuracies}
-    everyone = [known.get(client, (None, None)) for client in range(population)]
+    everyone = [known.get(client, (None, None)) for client in range(max(population, 1 + max(known)))]
     return {
         "round": number, "accuracy": [accuracy for accuracy, _ in everyone], "examples": [count for _, count in everyone],
     }  # fmt: skip

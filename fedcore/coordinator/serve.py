@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import time
 from dataclasses import dataclass
@@ -47,16 +49,12 @@ def check_scenario(config: RunConfig) -> None:
     Raises:
         Refused: it does; the line says what to change.
     """
-    if config.evaluation.federated_every:
+    if any(one.sampling == "poisson" for one in config.privacy):
         raise Refused(
-            "evaluation.federated_every: devices have no evaluation graph yet; --set evaluation.federated_every=0 leaves it out"
+            'privacy.sampling = "poisson": which devices come is not drawn by secret coins, so nothing is amplified; leave it out'
         )
-    if config.privacy and (config.cohort.size or any(one.max_participations or one.min_separation > 1 for one in config.privacy)):
-        # The coordinator's draw says nothing of who checks in: what is charged must hold for a device that never misses a round.
-        raise Refused(
-            "[privacy]: which devices come is not drawn, so each is charged for every round; that takes cohort.size = 0 "
-            "(--devices says how many a round needs) and neither privacy.max_participations nor privacy.min_separation"
-        )
+    if config.secagg.shards > 1:
+        raise Refused(f"secagg.shards = {config.secagg.shards}: the devices of a round are gathered for one sum; leave it out")
     if config.cohort.dropout:
         raise Refused("cohort.dropout is of simulated clients; real ones vanish by themselves")
 
@@ -95,21 +93,37 @@ class DeviceRun(FederatedRun):
         if config.privacy or assembly.secured:  # noise and sums are made for no more than that
             over = min(over, planned / goal)
         blobs = offering(assembly, self._folder)
-        needed = (*blobs.capabilities, *(("secagg-1",) if assembly.secured else ()))
+        secured, client = ("secagg-1",) if assembly.secured else (), config.unit_privacy("client")
+        # The ledger says who rests; where the gateways know it too, a device that does is told at once.
+        separation = client.min_separation if client and client.min_separation > 1 else 0
         selection = Selection(
             goal, choice.minimum or least_uploads(goal), config.cohort.timeout, choice.window, over,
-            tiers=choice.tiers, labels=choice.labels, capabilities=needed,
+            tiers=choice.tiers, labels=choice.labels, capabilities=(*blobs.capabilities, *secured),
+            most_participations=client.max_participations if client else 0, separation=separation,
+        )  # fmt: skip
+        asked = config.cohort.evaluate_size or len(assembly.data.clients)
+        scored = min(choice.devices or asked, asked)
+        evaluation = dataclasses.replace(
+            selection, goal=scored, minimum=min(choice.minimum or least_uploads(scored), scored),
+            over_selection=min(choice.over_selection, asked / scored) if assembly.secured else choice.over_selection,
+            capabilities=("evaluate-1", *secured), most_participations=0, separation=0,
         )  # fmt: skip
         conductor = Conductor(open_gateway_store(self._where), self._folder.fleet.trust().deployment, self._folder.fleet.plan_key())
         task, mean = self._task(config), assembly.secured is not None or accepts_mean(assembly.strategy)
         devices = DeviceGrid(
-            conductor, Blobs(self._folder.blobs), assembly.layout, task, selection, blobs, mean=mean, done=self._done()
-        )
+            conductor, Blobs(self._folder.blobs), assembly.layout, task, selection, blobs, mean=mean, evaluation=evaluation,
+            done=self._done(),
+        )  # fmt: skip
         if assembly.secured is None:
             return devices
         # The committee counts the attempts of a task from one, and this process does so anew after a restart.
         committee = trusted_committee(config, assembly.secured)
         return assembly.secured.wrap(devices, assembly.layout, committee, f"{task}-{int(time.time())}")
+
+    def _population(self) -> str:
+        """A ledger names devices by their ids, which are the fleet's."""
+        trust = self._folder.fleet.trust()
+        return f"devices of {trust.deployment} {hashlib.sha256(trust.enrolment_key).hexdigest()[:16]}"
 
     def _fleet(self) -> Path | None:
         return self._folder.directory

@@ -11,19 +11,19 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from fedcore.errors import RoundFailed, TryAgain
+from fedcore.errors import BudgetSpent, RoundFailed, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
-from fedcore.gateway.fleet import HOLD, Progress, Selection, Told, choose, judge_round, why_ineligible
+from fedcore.gateway.fleet import HOLD, Progress, Selection, Told, choose, judge_round, why_ineligible, why_resting
 from fedcore.gateway.plan import sign_plan
 from fedcore.gateway.rounds import PRESENT, REPORT, Place, RoundDocument, is_for
 from fedcore.gateway.sums import RunningSum, UploadTerms
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.secagg.crypto import Signer
-from fedcore.state.gateway import Contribution, GatewayStore, Round, RoundState
+from fedcore.state.gateway import Contribution, GatewayStore, Round, RoundState, Standing
 
 __all__ = ["Conductor", "Finished", "Forming", "Present"]
 
@@ -85,23 +85,36 @@ class Conductor:
             raise RoundFailed("a round's key was used before")
         return Forming(one, document)
 
-    def gather(self, forming: Forming) -> list[int]:
-        """Devices to work in the round: wait until enough check in or the window ends, then draw.
+    def gather(self, forming: Forming, resting: Collection[int] = ()) -> list[int]:
+        """Devices to work in the round, none of them ``resting``: wait until enough check in or the window ends, then draw.
 
         Raises:
             RoundFailed: fewer than the minimum checked in; the round is closed.
+            BudgetSpent: likewise, and with those that rest there would be enough.
         """
         selection = forming.document.selection
         while True:
-            present = [one.device for one in self.present(forming)]
+            present = [one.device for one in self.present(forming) if one.device not in resting]
             if len(present) >= selection.asked or self._clock() >= forming.document.until:
                 break
             self._sleep(self._pause)
         if len(present) < selection.minimum:
             reason = f"{len(present)} devices checked in within {selection.window:g} s; the round needs {selection.minimum}"
             self.close(forming, reason)
-            raise RoundFailed(reason)
+            others = self._resting(forming, resting)
+            if len(present) + others < selection.minimum:
+                raise RoundFailed(reason)
+            raise BudgetSpent(
+                f"round {forming.round.number}: {reason}. {others} others may not take part: they have as often as they may, or "
+                "too recently"
+            )
         return choose(present, selection, self._random)
+
+    def _resting(self, forming: Forming, resting: Collection[int]) -> int:
+        """How many devices of the fleet only their earlier rounds keep out."""
+        task, number, selection = forming.round.task, forming.round.number, forming.document.selection
+        fleet = [one for one in self._retried(self._store.devices) if one.standing is Standing.ACTIVE]
+        return sum(one.id in resting or bool(why_resting(one.participations.get(task), selection, number)) for one in fleet)
 
     def present(self, forming: Forming) -> list[Present]:
         """The devices that wait for a round now and may take part."""

@@ -13,7 +13,7 @@ from fedcore.errors import Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.privacy.randomness import RandomBytes
 
-__all__ = ["HOLD", "Progress", "Selection", "Told", "choose", "judge_round", "lacking", "why_ineligible"]
+__all__ = ["HOLD", "Progress", "Selection", "Told", "choose", "judge_round", "lacking", "why_ineligible", "why_resting"]
 
 HOLD = 30.0
 """Seconds that a check-in is held at most."""
@@ -122,6 +122,11 @@ def why_ineligible(told: Told, participations: tuple[int, int] | None, selection
         return f"the device lacks {', '.join(missing)}"
     if told.model_version < selection.least_model:
         return f"the round needs model version {selection.least_model}, the device holds {told.model_version}"
+    return why_resting(participations, selection, number)
+
+
+def why_resting(participations: tuple[int, int] | None, selection: Selection, number: int) -> str:
+    """The part of `why_ineligible` that is about earlier rounds."""
     if participations is not None:
         times, last = participations
         if selection.most_participations and times >= selection.most_participations:

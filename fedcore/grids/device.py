@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
-from fedcore.errors import Refused, RoundFailed
+from fedcore.errors import BudgetSpent, Refused, RoundFailed
 from fedcore.flower import (
     METRICS,
     Answer,
     ClientGrid,
     Facts,
+    Gathering,
     answer_all,
     assume_identity,
     check_addressees,
@@ -28,12 +29,14 @@ from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.conduct import Conductor, Finished, Forming
 from fedcore.gateway.fleet import Progress, Selection
+from fedcore.gateway.identity import read_device, spell
 from fedcore.gateway.plan import to_settings
 from fedcore.gateway.rounds import Place
 from fedcore.gateway.sums import RunningSum, Summand, UploadTerms, read_upload
 from fedcore.grids.protocol import check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
 from fedcore.grids.publish import publish
 from fedcore.models import ParameterLayout
+from fedcore.privacy.exposure import ClientId
 from fedcore.privacy.release import Release
 from fedcore.quantization.wire import encode_model, update_length
 from fedcore.training.client import SCORE_BYTES, RoundTask
@@ -43,14 +46,14 @@ __all__ = ["DeviceGrid", "Offering"]
 _MOST_EXAMPLES = 10_000_000  # what one device may claim to have trained on
 _SPARE = 1 << 20  # bytes that boxes and statements add to a masked vector
 _FULL = float(np.finfo(np.float32).max)
-_STEP, _EVALUATION = "step", "evaluation"  # blobs that only one kind of work needs
+_EVALUATES = "evaluate-1"  # what a device must be able to do for an evaluation
 _EVALUATING = "/evaluate"  # a task of its own: its rounds are no participations in the training
 
 
 @dataclass(frozen=True)
 class Offering:
-    """What plans name beside the model: blobs by name ("frozen", "step", "evaluation"), the encoding of updates, and what a device
-    must be able to do."""
+    """What plans name beside the model: blobs by name ("frozen"; "step", "evaluation", their "...-signature", and what is
+    "early-..." before activations are rounded), the encoding of updates, and what a device must be able to do to train."""
 
     blobs: Mapping[str, bytes]
     encoding: str = "float32"
@@ -61,8 +64,9 @@ class DeviceGrid(ClientGrid):
     """The devices of a deployment, collected anew for every round as ``selection`` says; node ids are device ids.
 
     What it hands the strategy is as from any other grid: one mean reply (``mean``), which gateways add up as uploads arrive, or one
-    reply per device. Clients are numbered in the order in which their devices were met. ``task`` is the run's name towards devices,
-    who are not charged with a participation for an evaluation; ``done`` rounds of it were made before.
+    reply per device. Clients are named by their devices' ids, and numbered in the order in which these were met. ``task`` is the
+    run's name towards devices, for whom an evaluation is no participation; ``evaluation`` selects devices for one, and ``done``
+    rounds of the run were made before.
     """
 
     blind = False
@@ -70,14 +74,16 @@ class DeviceGrid(ClientGrid):
 
     def __init__(
         self, conductor: Conductor, blobs: Blobs, layout: ParameterLayout, task: str, selection: Selection, offering: Offering, *,
-        mean: bool, done: int = 0,
+        mean: bool, evaluation: Selection | None = None, done: int = 0,
     ) -> None:  # fmt: skip
         assume_identity()
         self.place, self.observed, self.mean = "devices", Facts(), mean
         self._conductor, self._blobs, self._layout, self._task, self._selection = conductor, blobs, layout, task, selection
-        self._offering = offering
+        self._offering, self._evaluation = offering, evaluation or selection
+        self.numbers: Callable[[Sequence[str]], Sequence[int]] | None = None
+        self.pay: Callable[[int, Sequence[str], Release | None], None] | None = None
         self._extra = [pb.Blob(name=name, digest=blobs.put(data), size=len(data)) for name, data in offering.blobs.items()]
-        self._numbers: dict[int, int] = {}
+        self._known: dict[int, int] = {}
         self._chosen: list[int] | None = None
         self._forming: Forming | None = None
         self._round = done
@@ -95,39 +101,61 @@ class DeviceGrid(ClientGrid):
         """End a round that is being formed."""
         self._abandon("the coordinator has stopped")
 
+    @property
+    def gathering(self) -> Gathering:
+        """See `flower.ClientGrid`."""
+        return self
+
     def client_of(self, node: int) -> int:
         """The number of the client behind a node."""
-        return self._numbers.setdefault(node, len(self._numbers))
+        return self._clients([node])[0]
+
+    def _clients(self, nodes: Sequence[int]) -> tuple[int, ...]:
+        if new := [node for node in nodes if node not in self._known]:
+            counted = range(len(self._known), len(self._known) + len(new))
+            numbers = self.numbers([spell(node) for node in new]) if self.numbers else counted
+            self._known.update(zip(new, numbers, strict=True))
+        return tuple(self._known[node] for node in nodes)
+
+    def gather(self, kind: str, round_number: int, resting: Collection[ClientId]) -> tuple[int, ...]:
+        """See `flower.Gathering`: the devices that check in during the selection window, over-selection included."""
+        self._abandon("the coordinator went on to another round")
+        task, selection = self._task_of(kind), self._evaluation if kind == MessageType.EVALUATE else self._selection
+        self._forming = self._conductor.form(task, round_number, selection)
+        try:
+            self._chosen = self._conductor.gather(self._forming, {read_device(str(name)) for name in resting})
+        except (RoundFailed, BudgetSpent):
+            self._forming = None
+            raise
+        return self._clients(self._chosen)
+
+    def _task_of(self, kind: str) -> str:
+        return self._task + (_EVALUATING if kind == MessageType.EVALUATE else "")
 
     def get_node_ids(self) -> Iterable[int]:
-        """The devices that checked in during the selection window, over-selection included; waits for them once a round.
+        """The devices that were gathered; where nobody has said what for, for training.
 
         Raises:
-            RoundFailed: too few did.
+            RoundFailed: too few came.
         """
         if self._chosen is None:
-            self._forming = self._conductor.form(self._task, self._round + 1, self._selection)
-            try:
-                self._chosen = self._conductor.gather(self._forming)
-            except RoundFailed:
-                self._forming = None
-                raise
-            for device in self._chosen:
-                self.client_of(device)
-        return list(self._chosen)
+            self.gather(MessageType.TRAIN, self._round + 1, ())
+        return list(self._chosen or ())
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
         """Give devices their work, and the strategy what became of it. Only good replies come back.
 
         Raises:
             RoundFailed: too few uploads by the deadline.
+            BudgetSpent: the devices cannot be paid for; they were given nothing.
             Refused: messages that a mean cannot be taken over, or to devices that were not collected.
         """
         self.observed, sent = Facts(), list(messages)
-        check_addressees(sent, self._chosen or [])
+        visit = visit_of(sent[0]) if sent else None
+        if visit is None or self._forming is not None:
+            check_addressees(sent, self._chosen or [])
         if self._forming is None or not sent:
             raise RoundFailed("no devices were collected for this round")
-        visit = visit_of(sent[0])
         if visit is not None and sent[0].metadata.message_type == MessageType.QUERY:
             return self._round_keys(sent, (visit.task, visit.epoch, visit.expiry), timeout)
         if self.mean and visit is None:
@@ -137,18 +165,38 @@ class DeviceGrid(ClientGrid):
         self._round = task.round_number
         uploads = self._terms(kind, task, masked=visit is not None)
         plans, cohort = self._plans(sent, kind, uploads)
-        deadline = self._selection.deadline if timeout is None else timeout
-        name = self._task + (_EVALUATING if kind == MessageType.EVALUATE else "")
-        finished = self._conductor.run(forming, plans, cohort, uploads, deadline, task=name, number=task.round_number)
+        selection = forming.document.selection
+        deadline = selection.deadline if timeout is None else timeout
+        self._settle(forming, task, cohort)
+        finished = self._conductor.run(
+            forming, plans, cohort, uploads, deadline, task=self._task_of(kind), number=task.round_number
+        )  # fmt: skip
         if visit is not None:
             return self._masked(sent, finished)
         absent = tuple(sorted((self.client_of(device), reason) for device, reason in finished.absent.items()))
         if finished.progress is Progress.FAILED:
             raise RoundFailed(
                 f"{len(finished.contributions)} of {len(cohort)} devices uploaded within {finished.seconds:.0f} s; the round needs "
-                f"{self._selection.minimum}" + (f"; client {absent[0][0]}: {absent[0][1]}" if absent else "")
+                f"{selection.minimum}" + (f"; client {absent[0][0]}: {absent[0][1]}" if absent else "")
             )
         return self._answers(sent, kind, task, uploads, finished, absent)
+
+    def _settle(self, forming: Forming, task: RoundTask, cohort: Collection[int]) -> None:
+        """Have the devices that are about to see a plan charged for it; what fails here closes the round, and nobody sees one.
+
+        Raises:
+            Refused: there is nobody who charges.
+        """
+        release = task.release if isinstance(task.release, Release) else None
+        if release is None and task.plan.dp is None:
+            return
+        try:
+            if self.pay is None:
+                raise Refused("devices are given no private work that nobody charges them for")
+            self.pay(task.round_number, [spell(device) for device in sorted(cohort)], release)
+        except BaseException:
+            self._conductor.close(forming, "the round was not paid for")
+            raise
 
     def _plans(self, sent: Sequence[Message], kind: str, uploads: UploadTerms) -> tuple[list[pb.Plan], dict[int, Place]]:
         """A plan for each different content, and each device's place."""
@@ -169,15 +217,16 @@ class DeviceGrid(ClientGrid):
     def _plan(self, arrays: ArrayRecord, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
         task = RoundTask.from_table(config)
         model = encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), task.ranges)
-        unwanted = _EVALUATION if kind == MessageType.TRAIN else _STEP
+        trains = kind == MessageType.TRAIN
         blobs = [pb.Blob(name="model", digest=self._blobs.put(model), size=len(model))]
-        blobs += [blob for blob in self._extra if blob.name != unwanted]
+        blobs += [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
         masked = uploads.encoding == "masked"
         return pb.Plan(
-            kind=pb.TRAIN if kind == MessageType.TRAIN else pb.EVALUATE,
+            kind=pb.TRAIN if trains else pb.EVALUATE,
             aggregation=pb.MASKED if masked else pb.EACH if uploads.kept else pb.MEAN,
             blobs=blobs, settings=to_settings(config), upload_encoding=uploads.encoding, most_upload_bytes=uploads.most_bytes,
-            capabilities=self._offering.capabilities, server_round=task.round_number, values=uploads.values,
+            capabilities=self._offering.capabilities if trains else (_EVALUATES,), server_round=task.round_number,
+            values=uploads.values,
         )  # fmt: skip
 
     def _terms(self, kind: str, task: RoundTask, *, masked: bool) -> UploadTerms:
@@ -241,18 +290,19 @@ class DeviceGrid(ClientGrid):
         return Answer(message, arrays, metrics, facts)
 
     def _kept(self, finished: Finished, uploads: UploadTerms) -> Iterator[tuple[int, Summand]]:
-        """Uploads that were kept whole, which are read and forgotten."""
+        """Uploads that were kept whole, which are read and forgotten; two devices may have sent the same bytes."""
         for one in finished.contributions:
-            part = read_upload(self._blobs.get(one.digest), uploads)
-            yield one.device, part
-            self._blobs.remove(one.digest)
+            yield one.device, read_upload(self._blobs.get(one.digest), uploads)
+        for digest in {one.digest for one in finished.contributions}:
+            self._blobs.remove(digest)
 
     def _round_keys(self, sent: Sequence[Message], visit: tuple[str, int, int], timeout: float | None) -> list[Message]:
         """The check-ins of secure aggregation from the devices that wait."""
         by_device = {message.metadata.dst_node_id: message for message in sent}
-        wait = min(self._selection.window, timeout or self._selection.window)
         if self._forming is None:
             raise RoundFailed("no devices were collected for this round")
+        window = self._forming.document.selection.window
+        wait = min(window, timeout or window)
         self._forming, found = self._conductor.invite(self._forming, visit, list(by_device), wait)
         return [check_in_reply(by_device[one.device], one.round_key) for one in found]
 
@@ -275,3 +325,8 @@ class DeviceGrid(ClientGrid):
         if self._forming is not None:
             self._conductor.close(self._forming, reason)
         self._forming, self._chosen = None, None
+
+
+def _graph(name: str) -> str:
+    """The graph that a blob is or belongs to: "step", "evaluation", or neither."""
+    return name.removeprefix("early-").removesuffix("-signature")

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 
 from fedcore.errors import ClientFailure, Refused, RoundFailed
-from fedcore.flower import ClientGrid, Facts, answer_all, check_one_content, from_record, kind_of, only_record
+from fedcore.flower import ClientGrid, Facts, Gathering, answer_all, check_one_content, from_record, kind_of, only_record
 from fedcore.grids.protocol import ask_check_in, check_in_of, invite, upload_of
 from fedcore.grids.publish import publish
 from fedcore.models import ParameterLayout
@@ -47,6 +47,9 @@ class InnerGrid(Protocol):
     def get_node_ids(self) -> Iterable[int]: ...
 
     def client_of(self, node: int) -> int: ...
+
+    @property
+    def gathering(self) -> Gathering | None: ...
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]: ...
 
@@ -96,6 +99,11 @@ class SecureGrid(ClientGrid):
     @nodes.setter
     def nodes(self, clients: Sequence[int]) -> None:
         self._inner.nodes = clients
+
+    @property
+    def gathering(self) -> Gathering | None:
+        """What gathers the clients of the grid inside."""
+        return self._inner.gathering
 
     @property
     def clients_done(self) -> int:

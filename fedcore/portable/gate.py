@@ -158,7 +158,8 @@ def _judge(model: nn.Module, step: _Step, trial: _Trial, allowed: float) -> None
     mask = trial.mask
     norms, total = np.linalg.norm(trial.rows, axis=1), float(np.dot(trial.losses, mask))
     # Without clipping first: a wrong norm would change every layer, and hide which one is wrong.
-    for clip in (np.inf, float(np.median(norms[mask > 0]))) if step.form.clips else (np.inf,):
+    clips = isinstance(step.form, StepForm) and step.form.clips
+    for clip in (np.inf, float(np.median(norms[mask > 0]))) if clips else (np.inf,):
         expected: Array = _clipped_sum(trial.rows, norms, mask, clip)
         found, count, loss = step.run(trial, clip)
         share = float(mask.sum()) if step.single else 1.0

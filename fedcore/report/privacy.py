@@ -63,6 +63,7 @@ def statements(run: Run) -> list[tuple[str, list[tuple[str, str]], list[str]]]:
         heads = (
             ("adjacency", "Cannot be told apart"), ("released", f"Epsilon {short(table['epsilon'])} assumes"),
             ("coordinator", f"Epsilon {short(table['epsilon_coordinator'])} assumes"), ("bound", "Computed by"),
+            ("charged", "Who is charged"),
         )  # fmt: skip
         rows = [(head, str(words[key])) for key, head in heads if key in words]
         found.append((f"One {unit}", rows, [str(text) for text in words.get("not_concluded", [])]))

@@ -30,6 +30,7 @@ _SCHEMA = (
     """CREATE TABLE IF NOT EXISTS checkpoints
        (round INTEGER PRIMARY KEY, file TEXT NOT NULL, sha256 TEXT NOT NULL, facts TEXT NOT NULL)""",
     "CREATE TABLE IF NOT EXISTS run (id TEXT NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS clients (number INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE)",
 )
 
 
@@ -111,6 +112,14 @@ class RunStore:
         if hashlib.sha256(data).hexdigest() != digest:
             raise Refused(f"{self._blobs / file}: the last checkpoint is damaged (its SHA-256 is not the one committed)")
         return Checkpoint(round_number, safetensors.numpy.load(data), json.loads(facts))
+
+    def numbers(self, names: Sequence[str]) -> list[int]:
+        """The numbers of clients that are known by name, the same from the first question on; new ones are counted from 0."""
+        with _clear_errors(self._directory), transaction(self._db):
+            for name in names:
+                self._db.execute("INSERT OR IGNORE INTO clients VALUES ((SELECT COUNT(*) FROM clients), ?)", (name,))
+            known = [self._db.execute("SELECT number FROM clients WHERE name = ?", (name,)).fetchone() for name in names]
+        return [int(number) for (number,) in known]
 
     def metrics(self) -> list[dict[str, Any]]:
         """The committed rounds' metrics, in order."""

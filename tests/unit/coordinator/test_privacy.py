@@ -240,7 +240,10 @@ def test_a_repeated_round_draws_from_what_stood_before_its_charge(scenario, tmp_
     second.charge(1, (4, 5), release)
     assert first.resting(2) == {0, 1}, "what others did since does not change it"
     assert first.resting(3) == {4, 5}
-    assert Budget(protection, ledger, "a", fresh_noise=True).resting(2) == {4, 5}, "new noise is a new participation"
+    fresh = Budget(protection, ledger, "a", fresh_noise=True)
+    assert fresh.resting(2) == {0, 1, 2, 3, 4, 5}, "of real clients those rest, too, that an attempt at this round asked already"
+    assert fresh.resting(3) == {2, 3, 4, 5}
+    assert fresh.resting(4) == {4, 5}
 
 
 def test_an_empty_cohort_is_paid_though_no_example_was_in_it(scenario, tmp_path):

@@ -1,6 +1,7 @@
 """DeviceGrid without gateways: devices that write to the store as a gateway would for them."""
 
 import json
+import struct
 import subprocess
 import sys
 import threading
@@ -11,12 +12,13 @@ import pytest
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp.strategy import FedAvg
 
-from fedcore.errors import Refused, RoundFailed
+from fedcore.errors import BudgetSpent, Refused, RoundFailed, TryAgain
 from fedcore.flower import assume_identity, facts_of, from_record, only_record, to_record
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.conduct import Conductor
 from fedcore.gateway.fleet import Selection, Told
+from fedcore.gateway.identity import spell
 from fedcore.gateway.rounds import PRESENT, REPORT, RoundDocument
 from fedcore.gateway.sums import RunningSum, Summand, read_upload
 from fedcore.grids.device import DeviceGrid, Offering
@@ -26,19 +28,23 @@ from fedcore.quantization.wire import Update, encode_update
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.sums import ScoreSum
 from fedcore.state.gateway import Contribution, Device, Note, Round, RoundState, open_gateway_store
+from fedcore.state.sqlite import RunStore
 from fedcore.training.client import RoundTask
-from fedcore.training.plan import LocalPlan
+from fedcore.training.plan import DpSgdPlan, LocalPlan
 
 LAYOUT = ParameterLayout(("w",), ((5, 4),), ("fp32",))
+BLOBS = ("step", "early-step", "step-signature", "evaluation", "evaluation-signature", "frozen")
+PLAIN = LocalPlan(1, 8, 0.1)
 MASTER = np.arange(20, dtype=np.float32)
 
 
 class Devices(threading.Thread):
     """Devices 1..n of one store; ``contribute`` gives each one's upload for a plan, or the reason why there is none."""
 
-    def __init__(self, where, count, contribute):
+    def __init__(self, where, count, contribute, told):
         super().__init__(daemon=True)
         self.where, self.count, self.contribute, self.seen = where, count, contribute, []
+        self.said = {device: json.dumps({"told": told(device).encode(), "round_key": ""}) for device in range(1, count + 1)}
         self.stopped = threading.Event()
 
     def run(self):
@@ -49,8 +55,7 @@ class Devices(threading.Thread):
             for key in store.rounds():
                 one = store.round(key)
                 if one.state is RoundState.FORMING:
-                    said = json.dumps({"told": Told().encode(), "round_key": ""})
-                    store.note(key, PRESENT, [Note(device, said, time.time()) for device in range(1, self.count + 1)])
+                    store.note(key, PRESENT, [Note(device, said, time.time()) for device, said in self.said.items()])
                 if one.state is RoundState.RUNNING and key not in done:
                     done.add(key)
                     self.work(store, one)
@@ -79,17 +84,18 @@ class Devices(threading.Thread):
 def world(tmp_path):
     started = []
 
-    def make(contribute, count=4, mean=True, **changes):
+    def make(contribute, count=4, mean=True, told=lambda _: Told(), evaluation=None, **changes):
         assume_identity()
         where = str(tmp_path / "state.sqlite")
-        devices = Devices(where, count, contribute)
+        devices = Devices(where, count, contribute, told)
         devices.blobs = tmp_path / "blobs"
         parts = {"goal": count, "minimum": 2, "deadline": 3.0, "window": 3.0, "over_selection": 1.0} | changes
         conductor = Conductor(open_gateway_store(where), "watches", Ed25519Key(b"k" * 32), pause=0.01)
         devices.start()
         started.append(devices)
-        offering = Offering({"step": b"step", "evaluation": b"evaluation", "frozen": b"frozen"})
-        return DeviceGrid(conductor, Blobs(tmp_path / "blobs"), LAYOUT, "run", Selection(**parts), offering, mean=mean), devices
+        offering = Offering({name: name.encode() for name in BLOBS})
+        blobs, selection = Blobs(tmp_path / "blobs"), Selection(**parts)
+        return DeviceGrid(conductor, blobs, LAYOUT, "run", selection, offering, mean=mean, evaluation=evaluation), devices
 
     yield make
     for one in started:
@@ -97,8 +103,8 @@ def world(tmp_path):
         one.join(10)
 
 
-def messages(grid, kind=MessageType.TRAIN, number=1, release=None):
-    task = RoundTask(number, LocalPlan(1, 8, 0.1), 1e6, release=release)
+def messages(grid, kind=MessageType.TRAIN, number=1, release=None, plan=PLAIN):
+    task = RoundTask(number, plan, 1e6, release=release)
     content = RecordDict({"arrays": to_record(LAYOUT, MASTER), "config": ConfigRecord(task.to_table())})
     return [Message(content, node, kind) for node in grid.get_node_ids()]
 
@@ -119,7 +125,7 @@ def test_a_strategy_of_flower_runs_over_devices(world):
         assert metrics["train_loss"] == pytest.approx(0.1)
         models.append(from_record(LAYOUT, arrays) - MASTER)
         plan = devices.seen[0][1]
-        assert [blob.name for blob in plan.blobs] == ["model", "step", "frozen"]
+        assert [blob.name for blob in plan.blobs] == ["model", "step", "early-step", "step-signature", "frozen"]
         assert plan.minimum_uploads == 2
         devices.stopped.set()
         devices.join(10)
@@ -130,7 +136,10 @@ def test_a_strategy_of_flower_runs_over_devices(world):
 def test_noised_sums_are_published_as_by_other_grids(world):
     release = plan_release(20, 3.0, 0.0, 4)
     grid, devices = world(lambda device, plan: release.contribution(np.full(20, device * 0.1), device, 0.5, None).tobytes())
+    paid = []
+    grid.pay = lambda *what: paid.append(what)
     (reply,) = grid.send_and_receive(messages(grid, release=release))
+    assert paid == [(1, [spell(n) for n in range(1, 5)], release)]
     expected = sum(release.contribution(np.full(20, n * 0.1), n, 0.5, None)[:20] for n in range(1, 5)) / 4
     np.testing.assert_allclose(from_record(LAYOUT, only_record(reply, ArrayRecord)) - MASTER, expected, atol=1e-5)
     assert facts_of(reply).clients == ()
@@ -150,16 +159,112 @@ def test_what_would_show_single_devices_is_refused(world):
 
 
 def test_evaluations_are_a_task_of_their_own(world):
-    import struct
-
     grid, devices = world(lambda device, plan: struct.pack("<QQd", 10 * device, device, 2.0 * device))
     (reply,) = grid.send_and_receive(messages(grid, MessageType.EVALUATE, number=3))
     metrics = next(iter(reply.content.metric_records.values()))
     assert (metrics["num-examples"], metrics["accuracy"], metrics["loss"]) == (100, 0.1, 0.2)
     one, plan = devices.seen[0]
     assert (one.task, one.number, plan.task, plan.server_round) == ("run/evaluate", 3, "run/evaluate", 3)
-    assert [blob.name for blob in plan.blobs] == ["model", "evaluation", "frozen"]
+    assert [blob.name for blob in plan.blobs] == ["model", "evaluation", "evaluation-signature", "frozen"]
     assert {accuracy for _, accuracy, _ in facts_of(reply).accuracies} == {0.1}
+
+
+def test_an_evaluation_asks_devices_that_evaluate_and_no_others(world):
+    grid, devices = world(
+        lambda device, plan: struct.pack("<QQd", 10, 5, 2.0),
+        told=lambda device: Told(capabilities=() if device % 2 else ("evaluate-1",)),
+        evaluation=Selection(2, 2, 3.0, 3.0, 1.0, capabilities=("evaluate-1",)),
+    )
+    assert len(grid.gather(MessageType.EVALUATE, 3, ())) == 2
+    grid.send_and_receive(messages(grid, MessageType.EVALUATE, number=3))
+    one, plan = devices.seen[0]
+    assert sorted(RoundDocument.decode(one.document).cohort) == [2, 4]
+    assert (one.task, one.number, list(plan.capabilities)) == ("run/evaluate", 3, ["evaluate-1"])
+
+
+def rounds_in(devices):
+    store = open_gateway_store(devices.where)
+    found = [store.round(key) for key in store.rounds()]
+    store.close()
+    return found
+
+
+class TestCharging:
+    """Who is charged: the devices that are about to see a plan, and never fewer."""
+
+    RELEASE = plan_release(20, 3.0, 0.0, 4)
+
+    def work(self, device, plan):
+        return self.RELEASE.contribution(np.full(20, device * 0.1), device, 0.5, None).tobytes()
+
+    def test_nothing_private_is_given_where_nobody_charges(self, world):
+        grid, devices = world(self.work)
+        for release, plan in ((self.RELEASE, LocalPlan(1, 8, 0.1)), (None, LocalPlan(1, 8, 0.1, dp=DpSgdPlan(1.0, 1.0)))):
+            with pytest.raises(Refused, match="nobody charges"):
+                grid.send_and_receive(messages(grid, release=release, plan=plan))
+        assert not devices.seen
+        assert {one.state for one in rounds_in(devices)} == {RoundState.CLOSED}
+
+    @pytest.mark.parametrize("error", [BudgetSpent("spent"), TryAgain("the ledger is away"), KeyboardInterrupt()])
+    def test_devices_that_cannot_be_charged_see_no_plan(self, world, error):
+        def refuse(*_):
+            raise error
+
+        grid, devices = world(self.work)
+        grid.pay = refuse
+        with pytest.raises(type(error)):
+            grid.send_and_receive(messages(grid, release=self.RELEASE))
+        (one,) = rounds_in(devices)
+        assert (one.state, RoundDocument.decode(one.document).reason) == (RoundState.CLOSED, "the round was not paid for")
+        assert not devices.seen
+
+    def test_the_ledger_is_written_before_a_plan_can_be_seen_and_for_exactly_its_cohort(self, world):
+        grid, devices = world(self.work, goal=2, minimum=1)
+        paid = []
+
+        def pay(number, names, release):
+            paid.append(names)
+            assert [one.state for one in rounds_in(devices)] == [RoundState.FORMING], "no plan is in the store yet"
+
+        grid.pay = pay
+        chosen = grid.gather(MessageType.TRAIN, 1, ())
+        assert len(chosen) == 2
+        grid.send_and_receive(messages(grid, release=self.RELEASE))
+        (one,) = {one.key: one for one, _ in devices.seen}.values()
+        assert paid == [[spell(device) for device in sorted(RoundDocument.decode(one.document).cohort)]]
+
+    def test_an_evaluation_costs_nothing(self, world):
+        grid, _ = world(lambda device, plan: struct.pack("<QQd", 10, 5, 2.0))
+        grid.pay = lambda *what: pytest.fail(str(what))
+        grid.gather(MessageType.EVALUATE, 1, ())
+        grid.send_and_receive(messages(grid, MessageType.EVALUATE))
+
+    def test_who_rests_is_not_chosen(self, world):
+        grid, devices = world(self.work, goal=2, minimum=2)
+        grid.pay = lambda *_: None
+        grid.gather(MessageType.TRAIN, 1, (spell(1), spell(3)))
+        assert sorted(grid.get_node_ids()) == [2, 4]
+        with pytest.raises(BudgetSpent, match=r"round 2: 1 devices checked in .* needs 2\. 3 others may not take part"):
+            grid.gather(MessageType.TRAIN, 2, [spell(n) for n in (1, 2, 3)])
+        assert list(grid.nodes) == []
+        assert {one.state for one in rounds_in(devices)} == {RoundState.CLOSED}
+
+    def test_where_too_few_came_it_is_no_matter_of_the_budget(self, world):
+        grid, _ = world(self.work, goal=9, minimum=9, window=0.3)
+        with pytest.raises(RoundFailed, match=r"4 devices checked in within 0.3 s; the round needs 9$"):
+            grid.gather(MessageType.TRAIN, 1, [])
+
+
+def test_clients_keep_their_numbers_where_somebody_keeps_them(world, tmp_path):
+    (tmp_path / "run").mkdir()
+    for chosen in ([4, 2], [3, 2, 1], [1, 2, 3, 4]):
+        store = RunStore(tmp_path / "run")
+        grid, _ = world(numbered)
+        grid.numbers = store.numbers
+        found = {device: grid.client_of(device) for device in chosen}
+        assert found == {device: {4: 0, 2: 1, 1: 2, 3: 3}[device] for device in chosen}
+        assert grid.gather(MessageType.TRAIN, 1, ()) == tuple({4: 0, 2: 1, 1: 2, 3: 3}[n] for n in grid.get_node_ids())
+        store.close()
 
 
 def test_devices_that_give_nothing_are_facts_and_end_the_round_early(world):

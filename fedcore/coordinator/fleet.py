@@ -188,12 +188,19 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
 class ServedGateway:
     """The enrolment signer, and a gateway as a process of its own that is started again when it dies; a context manager.
 
+    Devices read releases from ``repository``, if there is one, and ask for theirs every ``release_every`` seconds.
+
+    With ``metrics`` (HOST:PORT) the gateway tells Prometheus how it is, and the run in the directory ``run``.
+
     Raises:
         Refused: the address cannot be listened at, or takes TLS.
         TryAgain: the gateway does not begin.
     """
 
-    def __init__(self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0) -> None:
+    def __init__(
+        self, folder: FleetFolder, store: str, listen: str, *, hold: float = 30.0, least: float = 5.0, metrics: str = "",
+        run: Path | None = None, repository: str = "", release_every: float = 1800.0,
+    ) -> None:  # fmt: skip
         self._folder, self._listen = folder, listen
         self._sockets = Path(tempfile.mkdtemp(prefix="fedcore-"))  # a socket's path must be short
         self._signer = folder.signer()
@@ -201,7 +208,8 @@ class ServedGateway:
         self._settings = {
             "store": store or folder.store, "blobs": str(folder.blobs), "trust": str(folder.fleet.trust_file),
             "time_key": str(folder.fleet.time_key), "tls": str(folder.fleet.gateway), "signer": self._enrolments.address,
-            "hold": hold, "pace": {"least": least},
+            "hold": hold, "repository": repository, "release_every": release_every,
+            "pace": {"least": least}, "metrics": metrics, "run": str(run.absolute()) if run else "",
         }  # fmt: skip
         self._ending = threading.Event()
         self.address = ""
@@ -234,7 +242,9 @@ class ServedGateway:
 
     def _begin(self) -> None:
         file, log = self._folder.directory / "gateway.json", self._folder.directory / "gateway.log"
-        file.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
+        fresh = file.with_suffix(".new")  # a crash leaves no half of it: other commands read the store's place there
+        fresh.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
+        fresh.replace(file)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this package
                 [*_BOUND, "-m", "fedcore.gateway.process", str(file)], stdout=subprocess.PIPE, stderr=errors,
@@ -258,7 +268,7 @@ class ServedGateway:
             while not self._ending.wait(_PAUSE):
                 try:
                     self._begin()
-                except TryAgain:
+                except (TryAgain, OSError):  # a full disk does not last for ever either
                     continue
                 break
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from native_clients import federation, updates, why_no_compiler
 from torch import nn
 
+from fedcore.models import Residual
 from fedcore.native.trainer import NativeTrainer
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import DpSgdPlan, LocalPlan, client_rng
@@ -20,17 +21,35 @@ PLAN = LocalPlan(epochs=1, batch_size=4, lr=0.05, momentum=0.5, weight_decay=0.0
 PRIVATE = dataclasses.replace(PLAN, dp=DpSgdPlan(1.0, 0.5))
 
 
+def norm(draw, channels):
+    """Of groups of more than one channel where there are as many: alone, a channel makes the gradient of a bias before it zero."""
+    sizes = [size for size in range(1, channels + 1) if channels % size == 0 and size > 1] or [1]
+    return nn.GroupNorm, (channels // draw(st.sampled_from(sizes)), channels), {"affine": draw(st.booleans())}
+
+
+def residual(draw, channels):
+    """Layers that keep an image's shape."""
+    layers = [norm(draw, channels)] if draw(st.booleans()) else []
+    inside = draw(st.sampled_from([3, 8, 19]))
+    first, second = draw(st.sampled_from([(1, 3), (3, 1), (3, 3)]))
+    layers += [(nn.Conv2d, (channels, inside, first, 1, first // 2), {}), (nn.ReLU, (), {})]
+    return Residual, [*layers, (nn.Conv2d, (inside, channels, second, 1, second // 2), {"bias": draw(st.booleans())})], {}
+
+
 @st.composite
 def networks(draw):
-    """A shape and a list of layers that fit it, as (constructor, arguments)."""
+    """A shape and a list of layers that fit it, as (constructor, arguments); those of a residual block are such a list."""
     small = st.integers(1, 3)
     channels, height, width = draw(st.integers(1, 20)), draw(st.integers(5, 11)), draw(st.integers(5, 11))
     shape, layers = (channels, height, width), []
     for _ in range(draw(st.integers(1, 4))):
-        kind = draw(st.sampled_from(["conv", "conv", "depthwise", "max", "mean", "relu", "relu6"]))
+        kind = draw(st.sampled_from(["conv", "conv", "depthwise", "max", "mean", "relu", "relu6", "norm", "residual"]))
         kernel, stride = (draw(small), draw(small)), (draw(st.integers(1, 2)), draw(st.integers(1, 2)))
         if kind in {"relu", "relu6"}:
             layers.append((nn.ReLU if kind == "relu" else nn.ReLU6, (), {}))
+            continue
+        if kind in {"norm", "residual"}:
+            layers.append((norm if kind == "norm" else residual)(draw, channels))
             continue
         pad = tuple(draw(st.integers(0, k // 2)) for k in kernel)
         sizes = [(size + 2 * p - k) // s + 1 for size, p, k, s in zip((height, width), pad, kernel, stride, strict=True)]
@@ -44,9 +63,18 @@ def networks(draw):
             layers.append((nn.Conv2d, (channels, out, kernel, stride, pad), {"groups": groups, "bias": draw(st.booleans())}))
             channels = out
         height, width = sizes
-    layers += [(nn.Flatten, (), {}), (nn.Linear, (channels * height * width, draw(st.integers(1, 20))), {})]
-    layers += [(nn.ReLU, (), {}), (nn.Linear, (layers[-1][1][1], 4), {})]
-    return shape, layers
+    hidden = draw(st.integers(1, 20))
+    layers += [(nn.Flatten, (), {}), (nn.Linear, (channels * height * width, hidden), {})]
+    if draw(st.booleans()):
+        layers.append((Residual, [norm(draw, hidden), (nn.ReLU, (), {}), (nn.Linear, (hidden, hidden), {})], {}))
+    return shape, [*layers, (nn.ReLU, (), {}), (nn.Linear, (hidden, 4), {})]
+
+
+def built(layers, kind=nn.Sequential):
+    """The module of a drawn list."""
+    return kind(*(
+        built(arguments, maker) if maker is Residual else maker(*arguments, **named) for maker, arguments, named in layers
+    ))  # fmt: skip
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -56,7 +84,7 @@ def test_any_network_equals_torch(drawn):
 
     def model_of():
         torch.manual_seed(2)
-        return nn.Sequential(*(kind(*arguments, **named) for kind, arguments, named in layers)).double()
+        return built(layers).double()
 
     for plan in (PLAN, PRIVATE):
         found = []

@@ -56,15 +56,15 @@ REFUSED = {
     "channels": (IMAGE, lambda: nn.Sequential(nn.Conv2d(3, 2, 3)), "does not fit an input of shape [2, 8, 8]"),
     "empty residual": (IMAGE, lambda: nn.Sequential(Residual(nn.Identity()), nn.Flatten()), "layer 0 (Residual) has no layers"),
     "residual of shapes": (
-        IMAGE, lambda: nn.Sequential(Residual(nn.Conv2d(2, 2, 3)), nn.Flatten()), "adds shapes that differ, [2, 8, 8] and [2, 6, 6]"),
+        IMAGE, lambda: nn.Sequential(Residual(nn.Conv2d(2, 2, 3)), nn.Flatten()), "differ, [2, 8, 8] and [2, 6, 6]"),
     "residual that flattens": (
         (4, 1, 1), lambda: nn.Sequential(Residual(nn.Flatten(), nn.Linear(4, 4)), nn.Flatten()), "layer 0 (Residual) adds shapes"),
     "residual of something": (VECTOR, lambda: nn.Sequential(Residual(nn.Tanh()), nn.Linear(4, 2)), "layer 0.0 (Tanh)"),
     "residual in place": (
-        VECTOR, lambda: nn.Sequential(nn.Linear(4, 4), Residual(nn.ReLU(inplace=True), nn.Linear(4, 4))), "layer 1.0 (ReLU) changes in"),
+        VECTOR, lambda: nn.Sequential(nn.Linear(4, 4), Residual(nn.ReLU(inplace=True), nn.Linear(4, 4))), "layer 1.0 (ReLU)"),
     "norm of channels": (IMAGE, lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Flatten()), "wants 4 channels and gets 2"),
     "norm of a flattened image": (
-        IMAGE, lambda: nn.Sequential(nn.Flatten(), nn.GroupNorm(2, 128), nn.Linear(128, 2)), "layer 1 (GroupNorm) gets a flattened"),
+        IMAGE, lambda: nn.Sequential(nn.Flatten(), nn.GroupNorm(2, 128), nn.Linear(128, 2)), "layer 1 (GroupNorm)"),
     "batch norm": (IMAGE, lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), "layer 0 (BatchNorm2d)"),
     "volumes": ((1, 2, 3, 4), lambda: nn.Sequential(nn.Flatten(), nn.Linear(24, 2)), "neither vectors, windows nor images"),
 }  # fmt: skip

@@ -120,7 +120,8 @@ ODD = {
         Residual(nn.ReLU(), nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 3, 1)), nn.GroupNorm(1, 3), nn.Flatten(),
         nn.Linear(216, 4))),
     "residual windows": ((6, 20), lambda: nn.Sequential(
-        nn.GroupNorm(2, 6), nn.Conv1d(6, 20, 3, padding=1), Residual(nn.GroupNorm(5, 20), nn.ReLU(), nn.Conv1d(20, 20, 3, padding=1)),
+        nn.GroupNorm(2, 6), nn.Conv1d(6, 20, 3, padding=1),
+        Residual(nn.GroupNorm(5, 20), nn.ReLU(), nn.Conv1d(20, 20, 3, padding=1)),
         nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(20, 4))),
 }  # fmt: skip
 

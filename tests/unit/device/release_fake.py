@@ -42,7 +42,8 @@ class Gateway:
 
     def __init__(self, simulator):
         self.simulator, self.asked, self.wanted, self.sequence = simulator, [], 0, 0
-        self.now, self.lies, self.key, self.token, self.spoil, self.connections = NOW.timestamp(), {}, TIME, b"token", None, 0
+        self.now, self.lies, self.key, self.token = NOW.timestamp(), {}, TIME, b"token"
+        self.spoil, self.connections = None, 0
         self.rollout, self.retry = "first", 600_000
 
     @contextlib.contextmanager

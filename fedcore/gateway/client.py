@@ -106,10 +106,14 @@ class Requests:
         self.check_time(sent, told)
         self._offset = told.time_ms - int(1000 * self._clock())
 
+    @property
+    def now(self) -> int:
+        """Unix milliseconds by the device's clock, as the gateways set it right, and never before a time that was seen."""
+        return max(self.floor, int(1000 * self._clock()) + self._offset)
+
     def check_plan(self, assignment: pb.Assignment, last_round: int = 0) -> pb.Plan:
         """See `plan.check_plan`, by the highest time that is known."""
-        now = max(self.floor, int(1000 * self._clock()) + self._offset)
-        return check_plan(assignment.plan, self.enrolled.trust, now, last_round)
+        return check_plan(assignment.plan, self.enrolled.trust, self.now, last_round)
 
     def renewed(self, reply: pb.RenewReply) -> Enrolled:
         """The identity with its new certificate, which is used from now on.

@@ -155,7 +155,7 @@ class Agent:
     def why_not(self) -> str:
         """Why the device does not work now; empty where it does."""
         conditions = self._environment.conditions(training=False)
-        return self._policy.conditions.why_not(conditions, max(self._environment.clock(), self._requests.floor / 1000))
+        return self._policy.conditions.why_not(conditions, self._requests.now / 1000)
 
     def update(self, stopped: Callable[[], bool] = lambda: False, *, now: bool = False) -> None:
         """See `Updater.step`; nothing where the fleet has no repository, or the owner wants no models.
@@ -236,7 +236,7 @@ class Agent:
     def _round_key(self) -> bytes:
         """What secure aggregation is told; empty outside of a visit."""
         held = self._visit_held
-        if held is None or held["expiry"] < max(self._environment.clock(), self._requests.floor / 1000):
+        if held is None or held["expiry"] < self._requests.now / 1000:
             return b""
         from fedcore.secagg.participant import Visit
         from fedcore_device.masking import Masking
@@ -247,8 +247,7 @@ class Agent:
     def _renew(self, client: GatewayClient, *, now: bool = False) -> None:
         """Ask for a new certificate before the old one ends."""
         end = self._requests.enrolled.enrolment.certificate.not_after
-        known = max(self._environment.clock(), self._requests.floor / 1000)
-        if now or end < known + _RENEW_BEFORE:
+        if now or end < self._requests.now / 1000 + _RENEW_BEFORE:
             self._state.keep("enrolment.bin", client.renew().enrolment.encode())
             _LOG.info("the certificate of device %s was renewed", spell(self._requests.enrolled.device))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,6 +25,7 @@ from fedcore_device.training import train_in_child
 
 __all__ = ["CAPABILITIES", "Draw", "RoundWork", "draw_from_system"]
 
+_LOG = logging.getLogger(__name__)
 CAPABILITIES = ("accumulate-1", "float32-update", "int8-update")
 Draw = Callable[[pb.Plan], Mapping[str, Any]]
 _ENCODINGS = {
@@ -114,8 +116,11 @@ class RoundWork:
             if work.phase == "accepted":
                 work = self._train(work, plan)
             began = time.monotonic()
-            self._client.upload(work.token, (self._state.round / "upload.bin").read_bytes())
+            upload = (self._state.round / "upload.bin").read_bytes()
+            self._client.upload(work.token, upload)
             uploading = int(1000 * (time.monotonic() - began))
+            digest = hashlib.sha256(upload).hexdigest()
+            _LOG.info("upload acknowledged: round %d of %s, sha256 %s", work.round, one_line(work.task), digest)
         except GatewayRefusal as refusal:
             if refusal.reason == pb.UNUSABLE:
                 outcome, text = pb.FAILED, "the upload was not usable"
@@ -142,10 +147,13 @@ class RoundWork:
         """The plan of a round in progress, checked again.
 
         Raises:
-            GatewayRefusal: it has expired.
+            GatewayRefusal: it has expired. TryAgain: that cannot be told now.
         """
         signed = pb.SignedPlan.FromString(work.plan)
-        if pb.Plan.FromString(signed.plan).expires_ms <= max(self._requests.floor, int(1000 * self._environment.clock())):
+        end = pb.Plan.FromString(signed.plan).expires_ms
+        if end <= self._requests.now:  # by this device's clock, which may be a year ahead: a signed request has it set right
+            self._client.report(pb.ReportBody(token=work.token, outcome=pb.WORKING))
+        if end <= self._requests.now:
             raise GatewayRefusal(pb.LATE, f"round {work.round} of {work.task!r} has expired")
         return self._requests.check_plan(pb.Assignment(plan=signed))
 
@@ -192,7 +200,7 @@ class RoundWork:
 
     def _watched(self, work: Work, plan: pb.Plan) -> dict[str, Any]:
         """What the child says at its end."""
-        left = (plan.expires_ms - max(self._requests.floor, int(1000 * self._environment.clock()))) / 1000
+        left = (plan.expires_ms - self._requests.now) / 1000
         self._looked = self._asked = time.monotonic()
         limits = self._policy.limits
         seconds = min(left, limits.seconds)
@@ -215,7 +223,7 @@ class RoundWork:
         if now >= self._looked + _LOOKING:
             self._looked = now
             conditions = self._environment.conditions(training=True)
-            if reason := self._policy.conditions.why_not(conditions, self._environment.clock()):
+            if reason := self._policy.conditions.why_not(conditions, self._requests.now / 1000):
                 return reason
         if now >= self._asked + _ASKING:
             self._asked = now

@@ -351,7 +351,7 @@ def test_a_round_in_progress_that_has_expired_is_given_up(device):
     found = work.accept(assignment(plan(gateway)))
     world.offset = 3600.0
     work.go_on(found)
-    assert outcomes(gateway) == [pb.GAVE_UP]
+    assert outcomes(gateway) == [pb.WORKING, pb.GAVE_UP], "its own clock may be wrong: the gateway is asked before it gives up"
     assert not gateway.uploads
 
 

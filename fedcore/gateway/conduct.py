@@ -81,7 +81,7 @@ class Conductor:
             self._tasks.add(task)
         document = RoundDocument(selection, self._clock() + selection.window)
         one = Round(secrets.token_hex(16), task, number, RoundState.FORMING, 1, document.encode())
-        if not self._retried(lambda: self._store.advance(one)):
+        if not self._made(one):
             raise RoundFailed("a round's key was used before")
         return Forming(one, document)
 
@@ -209,14 +209,19 @@ class Conductor:
 
     def _advance(self, before: Round, state: RoundState, document: RoundDocument) -> Round:
         after = dataclasses.replace(before, state=state, version=before.version + 1, document=document.encode())
-        if not self._retried(lambda: self._store.advance(after)) and self._store.round(after.key) != after:
+        if not self._made(after):
             raise RoundFailed("another coordinator works on this deployment's rounds")
         return after
 
+    def _made(self, change: Round) -> bool:
+        """Make a change of a round, or find that it was made by a call whose answer was lost."""
+        return self._retried(lambda: self._store.advance(change)) or self._retried(lambda: self._store.round(change.key)) == change
+
     def _end_abandoned(self, task: str) -> None:
+        """Close what is open of a task and of those below it, as its evaluations."""
         for key in self._retried(self._store.rounds):
-            one = self._store.round(key)
-            if one is not None and one.task == task and one.state is not RoundState.CLOSED:
+            one = self._retried(lambda key=key: self._store.round(key))  # type: ignore[misc]
+            if one is not None and f"{one.task}/".startswith(f"{task}/") and one.state is not RoundState.CLOSED:
                 self.close(Forming(one, RoundDocument.decode(one.document)), "the coordinator began anew")
 
     def _retried(self, work: Callable[[], _T]) -> _T:

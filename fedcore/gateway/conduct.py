@@ -19,7 +19,7 @@ from fedcore.errors import BudgetSpent, RoundFailed, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.fleet import HOLD, Progress, Selection, Told, choose, judge_round, why_ineligible, why_resting
 from fedcore.gateway.plan import sign_plan
-from fedcore.gateway.rounds import PRESENT, REPORT, Place, RoundDocument, is_for
+from fedcore.gateway.rounds import ENDS, PRESENT, REPORT, Place, RoundDocument, is_for
 from fedcore.gateway.sums import RunningSum, UploadTerms
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.secagg.crypto import Signer
@@ -30,7 +30,7 @@ __all__ = ["Conductor", "Finished", "Forming", "Present"]
 _GRACE = 5.0  # seconds that a device may need to check in again
 _PATIENCE = 60.0  # seconds that a store may be away in the middle of a round
 _T = TypeVar("_T")
-_GIVES_NOTHING = {pb.REFUSED_PLAN, pb.INELIGIBLE, pb.FAILED, pb.GAVE_UP}
+_GIVES_NOTHING = ENDS | {pb.INELIGIBLE}
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,13 @@ from fedcore.gateway.fleet import Selection
 from fedcore.gateway.sums import UploadTerms
 from fedcore.secagg.messages import CheckIn
 
-__all__ = ["PRESENT", "REPORT", "Place", "RoundDocument", "is_for"]
+__all__ = ["ENDED", "ENDS", "PRESENT", "REPORT", "Place", "RoundDocument", "is_for"]
 
-PRESENT, REPORT = "present", "report"
-"""Kinds of notes in a round: who checked in for it (`fleet.Told`), and what devices reported."""
+PRESENT, REPORT, ENDED = "present", "report", "ended"
+"""Kinds of notes in a round: who checked in for it (`fleet.Told`), what devices reported, and for whom it is over though
+they uploaded nothing: a kind of its own, so that these few are found without reading what everybody reported."""
+ENDS = frozenset({pb.REFUSED_PLAN, pb.FAILED, pb.GAVE_UP})
+"""Outcomes after which a device is not offered the round again. One that is not eligible now may go on with it later."""
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from fedcore.gateway.pace import first_wait, wait
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.gateway.releases import Desk
 from fedcore.gateway.repository import REPOSITORY, read_out
-from fedcore.gateway.rounds import PRESENT, REPORT, is_for
+from fedcore.gateway.rounds import ENDED, ENDS, PRESENT, REPORT, is_for
 from fedcore.gateway.sums import UploadTerms, read_upload
 from fedcore.registry.assignment import LONGEST
 from fedcore.secagg.committee_wire import one_line
@@ -173,15 +173,22 @@ class Gateway:
             await self.board.changed(left)
 
     async def _done(self, device: Device) -> set[str]:
-        """The running rounds that count an upload of the device already."""
+        """The running rounds that the device is done with: its upload counts already, or it said that there will be none."""
         done = set()
         for one in self.board.running():
+            if device.id in one.document.cohort and await self._has_ended(one.round.key, device.id):
+                done.add(one.round.key)
+                continue
             key, last = one.round.key, device.participations.get(one.round.task, (0, -1))[1]
             if device.id in one.document.cohort and last >= one.round.number:
                 counted = await self._committer.call(lambda store, key=key: store.contributions(key))  # type: ignore[misc]
                 if any(contribution.device == device.id for contribution in counted):
                     done.add(key)
         return done
+
+    async def _has_ended(self, key: str, device: int) -> bool:
+        notes = await self._committer.call(lambda store: store.notes(key, ENDED))
+        return any(note.device == device for note in notes)
 
     def _answer(self, device: Device, told: Told, done: set[str]) -> tuple[pb.CheckInReply | None, OpenRound | None]:
         """The reply to a check-in, or the round that it is held for."""
@@ -292,7 +299,8 @@ class Gateway:
             part = None if terms.encoding == "masked" else read_upload(data, terms)
         except Refused as error:
             told = json.dumps({"outcome": pb.FAILED, "text": f"unusable upload: {one_line(str(error))}"[:_TEXT]})
-            await self._committer.note(token.round_key, REPORT, Note(device, told, self._clock()))
+            for kind in (REPORT, ENDED):
+                await self._committer.note(token.round_key, kind, Note(device, told, self._clock()))
             raise GatewayRefusal(pb.UNUSABLE, f"the upload cannot be used: {error}") from None
         if terms.kept:
             await asyncio.to_thread(self._blobs.put, data)
@@ -321,7 +329,8 @@ class Gateway:
             return pb.ReportReply(stop=True, reason="the round is over")
         facts = {field.name: value for field, value in body.ListFields() if field.name not in {"token", "text"}}
         said = json.dumps(facts | {"text": one_line(body.text)[:_TEXT]})
-        await self._committer.note(token.round_key, REPORT, Note(device.id, said, self._clock()))
+        for kind in (REPORT, ENDED) if body.outcome in ENDS else (REPORT,):
+            await self._committer.note(token.round_key, kind, Note(device.id, said, self._clock()))
         over = not one.running or self._clock() > one.document.until
         return pb.ReportReply(stop=over, reason=(one.document.reason or "the round is over") if over else "")
 

@@ -332,6 +332,46 @@ def test_a_large_upload_goes_in_pieces_and_is_resumed_after_a_kill(deployment):
     client.close()
 
 
+def test_a_device_is_not_offered_again_the_round_that_it_ended(tmp_path):
+    """Whatever gateway it asks; one that is only not eligible at the moment may go on with it."""
+    deployment = Deployment(tmp_path, gateways=2)
+    try:
+        outcomes = [pb.FAILED, pb.REFUSED_PLAN, pb.GAVE_UP, pb.INELIGIBLE, pb.WORKING]
+        devices = [deployment.enrol(n) for n in range(5)]
+        clients = [deployment.client(one) for one in devices]
+        coordinator = OneRound(deployment, selection(5, minimum=1, deadline=15.0), lambda grid: work_for(grid.get_node_ids())[1])
+        tokens = {}
+
+        def begin(n):
+            tokens[n] = assigned(clients[n]).assignment.token
+
+        threads = [threading.Thread(target=begin, args=(n,)) for n in range(5)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join(20)
+        offered = {}
+        for n, outcome in enumerate(outcomes):
+            assert clients[n].check_in(pb.CheckInBody()).assignment.token, "as long as it said nothing, it is offered"
+            clients[n].report(pb.ReportBody(token=tokens[n], outcome=outcome, text="because"))
+        for n, client in enumerate(clients):
+            elsewhere = deployment.client(devices[n], 1, begin=1000)
+            replies = [one.check_in(pb.CheckInBody()) for one in (client, elsewhere)]
+            offered[n] = [reply.HasField("assignment") for reply in replies]
+            assert all(reply.HasField("assignment") or reply.wait.reason == "not selected for this round" for reply in replies)
+            elsewhere.close()
+        assert offered == {0: [False] * 2, 1: [False] * 2, 2: [False] * 2, 3: [True] * 2, 4: [True] * 2}
+        update = encode_update(Update(np.ones(LAYOUT.size, np.float32), 2, 0.5), "float32", np.random.default_rng(0))
+        clients.append(deployment.client(devices[4], begin=2000))
+        clients[-1].upload(tokens[4], update)
+        (reply,) = coordinator.result()
+        assert len(facts_of(reply).clients) == 1
+    finally:
+        for client in clients:
+            client.close()
+        deployment.close()
+
+
 def test_uploads_that_are_late_strange_or_different_are_refused_with_the_reason(deployment):
     devices = [deployment.enrol(n) for n in range(3)]
     clients = [deployment.client(one) for one in devices]

@@ -93,7 +93,8 @@ class Publisher:
         self._record({"round": number, "time": time.time(), **told})
         if "problem" in told:
             return f"round {number} is not released: {told['problem']}"
-        began = f"; rollout {told['rollout']} has begun" if told.get("rollout") else ""
+        began = f"; rollout {told['rollout']} has begun" if told["rollout"] else ""
+        began = f"; its rollout has not begun: {told['waiting']}" if told["waiting"] else began
         return f"round {number} is release {told['version']} of {self._model}{began}"
 
     def _publish(self, number: int, prepare: Any) -> dict[str, Any]:
@@ -108,7 +109,12 @@ class Publisher:
         )  # fmt: skip
         if folder != self._directory:
             shutil.rmtree(folder / "export", ignore_errors=True)  # the repository holds it now
-        return {"version": made.version, "artefacts": made.artefacts, "deltas": made.deltas, "rollout": self._begin(made, number)}
+        try:
+            rollout, waiting = self._begin(made, number), ""
+        except FedcoreError as error:
+            rollout, waiting = "", one_line(str(error))
+        facts = {"version": made.version, "artefacts": made.artefacts, "deltas": made.deltas}
+        return facts | {"rollout": rollout, "waiting": waiting}
 
     def _refuse_busy(self) -> None:
         """Nothing is exported that could not go out."""

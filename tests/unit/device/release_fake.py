@@ -62,10 +62,9 @@ class Gateway:
             self.sequence += 1
             now = int(self.now)
             fields = {
-                "device": DEVICE, "sequence": self.sequence, "rollout": self.rollout, "model": body.model, "version": self.wanted,
                 "device": DEVICE, "sequence": self.sequence, "rollout": self.rollout, "model": body.model,
-                "version": self.wanted, "target": self.simulator.digest(body.model, self.wanted), "issued": now, "expiry": now + 900,
-                "signature": bytes(64),
+                "version": self.wanted, "target": self.simulator.digest(body.model, self.wanted), "issued": now,
+                "expiry": now + 900, "signature": bytes(64),
             }  # fmt: skip
             reply.assignment = sign_assignment(Assignment(**(fields | self.lies)), self.key)
         return reply

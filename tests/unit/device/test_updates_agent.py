@@ -280,8 +280,9 @@ class Server:
 root = (Path(folder) / "files/metadata/1.root.json").read_bytes()
 wanted = policy.Policy(updates=policy.UpdatePolicy(models=("digits",)))
 home = state.State(Path(folder) / "state")
-one = updates.Updater(home, environment.LinuxEnvironment(home.directory, ""), wanted,
-                      updates.Identity(bytes.fromhex(device), (bytes.fromhex(key),), root), lambda: contextlib.nullcontext(Server()))
+identity = updates.Identity(bytes.fromhex(device), (bytes.fromhex(key),), root)
+one = updates.Updater(home, environment.LinuxEnvironment(home.directory, ""), wanted, identity,
+                      lambda: contextlib.nullcontext(Server()))
 found = {"before": resident(), "tuf before": "tuf" in sys.modules, "numpy before": "numpy" in sys.modules}
 one.step(now=True)
 one.step(now=True)

@@ -7,10 +7,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_clients import federation, updates, why_no_compiler
+from native_clients import PLANS, federation, run_elsewhere, updates, why_no_compiler
 from torch import nn
 
 from fedcore.models import Residual
+from fedcore.native.build import FLAGS, host_target
 from fedcore.native.trainer import NativeTrainer
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import DpSgdPlan, LocalPlan, client_rng
@@ -77,14 +78,15 @@ def built(layers, kind=nn.Sequential):
     ))  # fmt: skip
 
 
+def seeded(layers):
+    torch.manual_seed(2)
+    return built(layers)
+
+
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(networks())
 def test_any_network_equals_torch(drawn):
     shape, layers = drawn
-
-    def model_of():
-        torch.manual_seed(2)
-        return built(layers).double()
 
     for plan in (PLAN, PRIVATE):
         found = []
@@ -93,7 +95,19 @@ def test_any_network_equals_torch(drawn):
                 dataclasses.replace(c, noise_rng=client_rng(1, 1, c.client, 2))
                 for c in federation(shape, torch.float64, sizes=(9, 1))
             ]  # fmt: skip
-            update, losses = updates(trainer(model_of()), clients, plan)
+            update, losses = updates(trainer(seeded(layers).double()), clients, plan)
             found.append(update)
             assert plan.dp or all(math.isfinite(loss) for loss in losses)
         torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(networks())
+def test_any_network_has_no_undefined_behaviour(tmp_path_factory, drawn):
+    """In single precision, built with traps: undefined behaviour ends the process."""
+    shape, layers = drawn
+    flags = tuple(flag for flag in FLAGS if flag != "-fno-sanitize=all")
+    checks = (*flags, "-fsanitize=undefined", "-fsanitize-trap=undefined")
+    checked, _ = run_elsewhere(seeded(layers), shape, host_target(), tmp_path_factory.mktemp("traps"), flags=checks)
+    plain, _ = updates(NativeTrainer(seeded(layers)), federation(shape, torch.float32), PLANS["everything"])
+    assert torch.equal(checked, plain[0])

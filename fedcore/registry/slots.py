@@ -153,8 +153,9 @@ class Store:
         for name, one in release.files.items():
             if not self.holds(one.digest):
                 raise Refused(f"{name} of release {release.version} is not there, or damaged")
-        # A release on probation is no place to go back to.
-        previous = self.pointer.current if self.pointer.starts is None else self.pointer.previous
+        # A release on probation is no place to go back to, unless there is no other.
+        well = self.pointer.starts is None or self.pointer.previous is None
+        previous = self.pointer.current if well else self.pointer.previous
         self._point(replace(self.pointer, current=release, previous=previous, highest=release.version, starts=0))
 
     def start(self) -> Release | None:

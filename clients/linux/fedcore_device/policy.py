@@ -143,7 +143,7 @@ class UpdatePolicy(Eligibility):
     repository: str = ""
     minimum_version: int = 1
     largest_bytes: int = 256_000_000
-    agreement: float = 0.95
+    agreement: float = 0.8
     p95_ms: float = 0.0
     memory: int = 600_000_000
     seconds: int = 120

@@ -41,7 +41,7 @@ class Bounds:
     memory: int = 600_000_000
     seconds: float = 120.0
     p95_ms: float = 0.0
-    agreement: float = 0.95
+    agreement: float = 0.8
 
 
 def self_test(files: Mapping[str, Path], batch: Path | None, bounds: Bounds) -> Trial:

@@ -50,7 +50,7 @@ def test_without_a_batch_it_is_loaded_and_run(files):
 @pytest.mark.parametrize(
     ("spoil", "bounds", "words"),
     [
-        ({"batch": "wrong"}, {}, r"agreement 0\.\d+ is below 0.95"),
+        ({"batch": "wrong"}, {}, r"agreement 0\.\d+ is below 0.8"),
         ({"onnx": b"no model"}, {}, "onnx on cpu cannot open"),
         ({"litert": b"no model"}, {}, "litert on cpu cannot open"),
         ({"batch": b"no batch"}, {}, "its batch cannot be read"),

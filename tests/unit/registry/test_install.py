@@ -233,6 +233,15 @@ def test_a_release_on_probation_is_no_place_to_go_back_to(device):
     assert (pointer.current.version, pointer.previous.version) == (3, 1)
 
 
+def test_the_first_release_of_all_is_a_place_to_go_back_to_even_on_probation(tmp_path):
+    device = Device(tmp_path, versions=(1, 2))
+    device.run(1)
+    device.run(2)
+    with Store(tmp_path / "digits") as store:
+        assert store.fall_back("it crashes").version == 1
+    assert device.runs() == 1
+
+
 def test_old_content_as_a_higher_release_costs_no_download(device):
     device.run(2)
     device.offer(101)

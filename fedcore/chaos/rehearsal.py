@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import subprocess
 import time
@@ -22,7 +23,7 @@ KINDS = ("kill", "disk", "network")
 _LOOK = 0.1  # seconds
 _AFTER = 1.0  # seconds before a coordinator that gave up is begun again
 _MOST_ABORTS = 40
-_LEAVING = 60.0
+_LEAVING, _BEGINNING = 60.0, 30.0
 WIRE = Faults(drop=0.004, duplicate=0.002, delay=0.05, reorder=0.002, truncate=0.004, corrupt=0.004)
 MESSAGES = Faults(drop=0.06, duplicate=0.08, delay=0.08, reorder=0.06, truncate=0.02, corrupt=0.04)
 
@@ -30,12 +31,14 @@ MESSAGES = Faults(drop=0.06, duplicate=0.08, delay=0.08, reorder=0.06, truncate=
 @dataclass(frozen=True)
 class Plan:
     """How a deployment is beaten: ``kinds`` of `KINDS`, by a ``seed``, with a blow ``every`` so many seconds for at most
-    ``seconds``; then it has ``patience`` seconds to finish its run. ``targets`` are who may be killed, all where none is named."""
+    ``seconds`` (and ``most`` blows, if that is not 0); then it has ``patience`` seconds to finish its run. ``targets`` are who may
+    be hit, all where none is named."""
 
     seed: int
     kinds: Sequence[str] = KINDS
     every: float = 3.0
     seconds: float = 60.0
+    most: int = 0
     patience: float = 300.0
     targets: Sequence[str] = ()
     work: float = 0.5
@@ -114,7 +117,8 @@ def _beat(deployment: Deployment, plan: Plan, judged: Judged, tell: Callable[[st
     if not kills and not disks:
         _wait(deployment, plan.seconds, judged, tell)
         return
-    for blow in blows(plan.seed, kills, disks, plan.every):
+    series = blows(plan.seed, kills, disks, plan.every)
+    for blow in itertools.islice(series, plan.most) if plan.most else series:
         if _wait(deployment, min(blow.pause, end - time.monotonic()), judged, tell) or time.monotonic() >= end:
             return
         if _strike(deployment, blow, judged, tell):
@@ -122,7 +126,11 @@ def _beat(deployment: Deployment, plan: Plan, judged: Judged, tell: Callable[[st
 
 
 def _strike(deployment: Deployment, blow: Blow, judged: Judged, tell: Callable[[str], None]) -> bool:
-    """One blow and its end; whether it hit anybody."""
+    """One blow and its end; whether it hit anybody: one who is just being begun again is waited for."""
+    end = time.monotonic() + _BEGINNING
+    while deployment.process_of(blow.target) is None and time.monotonic() < end:
+        if _wait(deployment, _LOOK, judged, tell):
+            return False
     hit = deployment.kill(blow.target) if blow.kind == "kill" else deployment.fill_disk(blow.target, full=True)
     if hit:
         tell(f"{blow.kind} {blow.target} for {blow.seconds:.1f} s")

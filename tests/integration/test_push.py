@@ -1,6 +1,6 @@
 """`make demo-push` in short: twenty devices with the agent's own updater, a real gateway and a real repository.
 
-A wrong and a slow release are stopped by their canaries and taken back, and nobody outside of a canary ever ran one. What a device's
+A wrong and a slow release are stopped by their canaries and taken back; nobody outside of a canary ever ran one. What a device's
 self-test would find stands in the file itself.
 """
 

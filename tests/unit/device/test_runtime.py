@@ -373,3 +373,22 @@ def test_importing_the_package_imports_no_runtime():
     assert found.stdout.strip() == "[]"
     found = _run("import sys; from fedcore_device import Runtime; print([m for m in ('torch', 'tuf', 'grpc') if m in sys.modules])")
     assert found.stdout.strip() == "[]", found.stderr
+
+
+def test_the_readmes_example(tmp_path, capsys):
+    readme = (Path(fedcore_device.runtime.__file__).parents[2] / "README.md").read_text()
+    (code,) = [part.partition("```")[0] for part in readme.split("```python\n")[1:] if "Runtime(" in part.partition("```")[0]]
+    data, _ = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    assert code.count("/var/lib/fedcore-device") == 1
+    exec(compile(code.replace("/var/lib/fedcore-device", str(tmp_path)), "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip() in LABELS
+
+
+def test_the_readmes_policy_is_one_and_says_the_defaults(tmp_path):
+    from fedcore_device.policy import UpdatePolicy, read_policy
+
+    readme = (Path(fedcore_device.runtime.__file__).parents[2] / "README.md").read_text()
+    (table,) = [part.partition("```")[0] for part in readme.split("```toml\n")[1:] if "[updates]" in part]
+    (tmp_path / "policy.toml").write_text(table)
+    assert read_policy(tmp_path / "policy.toml").updates == UpdatePolicy(models=("digits",), windows=("01:00-05:00",))

@@ -49,7 +49,7 @@ def draws_of(number):
 def main():
     state, number, folder = State(Path(sys.argv[1])), int(sys.argv[2]), Path(sys.argv[3])
     masked = bool(load_enrolled(state).trust.committee)  # then nothing less is accepted
-    policy = Policy(PlanPolicy(secure_aggregation=masked, noise_multiplier=0.0, minimum_devices=1, corrupt_devices=0))
+    policy = Policy(PlanPolicy(masked, noise_multiplier=0.0, minimum_devices=1, corrupt_devices=0, evaluation=True))
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with state.locked():

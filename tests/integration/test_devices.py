@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.config import load_config
-from fedcore.coordinator.assembly import assemble
+from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
 from fedcore.coordinator.run import SimulatedRun
 from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee
@@ -30,7 +30,10 @@ from fedcore.quantization.layers import set_activation_ranges
 from fedcore.secagg.keys import read_message
 from fedcore.secagg.messages import TrustBundle
 from fedcore.state.gateway import open_gateway_store
+from fedcore.state.sqlite import RunStore
+from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import load_flat
+from fedcore.training.plan import LocalPlan
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "clients" / "linux"))
 
@@ -74,9 +77,11 @@ class Devices:
     def hold(self, data):
         for number, rows in enumerate(data.clients):
             directory = self.folder / f"client-{number}"
-            directory.mkdir()
-            part = data.dataset.train.take(rows)
-            np.savez(directory / "examples.npz", x=part.x, y=part.y)
+            (directory / "holdout").mkdir(parents=True)
+            for folder, indices in ((directory, rows), (directory / "holdout", data.holdout[number])):
+                part = data.dataset.train.take(indices)
+                if len(indices):
+                    np.savez(folder / "examples.npz", x=part.x, y=part.y)
 
     def enrol(self, number, address, token):
         return enrol_device(State(self.folder / f"state-{number}"), address, token)
@@ -136,9 +141,17 @@ def scenario(folder, **values):
     return load_config(file, ["engine.name=loop"])
 
 
+def final_of(directory):
+    store = RunStore(directory)
+    try:
+        return store.latest().arrays["master"]
+    finally:
+        store.close()
+
+
 def simulated(config, folder):
     with SimulatedRun(config, folder / "simulated", resume=False) as run:
-        list(run.rounds())
+        (folder / "simulated.json").write_text(json.dumps(list(run.rounds())))
         return run.coordinator.progress, run.assembly
 
 
@@ -189,6 +202,46 @@ def test_eight_devices_and_five_rounds_are_the_simulation(tmp_path, devices):
     found, rounds, _ = federated(config, devices, tmp_path, killed=(2, 5))
     assert [one["replies"] for one in rounds] == [8] * 5, devices.logs()
     np.testing.assert_allclose(found.master, expected.master, rtol=0, atol=1e-5)
+
+
+HOLDING = """
+[evaluation]
+federated_every = 1
+"""
+
+
+def holding_out(tmp_path, devices, **values):
+    """A scenario whose devices evaluate, its simulation's metrics, and its data."""
+    scenario(tmp_path, **values)
+    file = tmp_path / "scenario.toml"
+    text = file.read_text().replace('partition = "dirichlet"', 'partition = "dirichlet"\nholdout = 0.25')
+    file.write_text(text + HOLDING)
+    config = load_config(file, ["engine.name=loop"])
+    _, assembly = simulated(config, tmp_path)
+    devices.hold(assembly.data)
+    return config, json.loads((tmp_path / "simulated.json").read_text()), assembly
+
+
+def check_scores(found, expected, loss=1e-5):
+    assert (found["clients"], found["accuracy"]) == (expected["clients"], expected["accuracy"])
+    assert found["loss"] == pytest.approx(expected["loss"], abs=loss)
+    assert found["percentiles"] == pytest.approx(expected["percentiles"])
+
+
+def test_devices_evaluate_as_simulated_clients_do(tmp_path, devices):
+    config, expected, assembly = holding_out(tmp_path, devices)
+    _, rounds, run = federated(config, devices, tmp_path)
+    assert not any("federated_failed" in one or "failed_attempts" in one for one in rounds), devices.logs()
+    for found, simulation in zip(rounds, expected, strict=True):
+        check_scores(found["federated"], simulation["federated"])
+        assert found["bytes_up"] == simulation["bytes_up"]
+    assert rounds[-1]["federated"]["loss"] != rounds[0]["federated"]["loss"]
+    scores = run.coordinator.progress.scores
+    assert sorted(scores["examples"]) == sorted(len(one) for one in assembly.data.holdout)
+    store = open_gateway_store(str(tmp_path / "fleet" / "store.sqlite"))
+    taken = [sorted(times for times, _ in one.participations.values()) for one in store.devices()]
+    store.close()
+    assert taken == [[2, 2]] * 3, "evaluations are a task of their own"
 
 
 @pytest.mark.slow
@@ -331,6 +384,32 @@ def test_steps_are_signed_here_or_elsewhere_and_there_is_one_for_the_time_before
         offering(other, folder)
 
 
+def test_evaluation_graphs_are_signed_like_steps(tmp_path):
+    settings = ["engine.name=loop", "data.holdout=0.2", "evaluation.federated_every=1"]
+    scenario(tmp_path, quantized="true", calibrate=2)
+    assembly, folder = assemble(load_config(tmp_path / "scenario.toml", settings)), FleetFolder.open(tmp_path / "fleet", "watches")
+    publisher, away = tmp_path / "fleet" / "publisher" / "publisher.key", tmp_path / "publisher.key"
+    publisher.rename(away)
+    signed = set()
+    for _ in range(4):
+        with pytest.raises(Refused, match="is not signed"):
+            offering(assembly, folder)
+        (graph,) = [path for path in (tmp_path / "fleet" / "steps").glob("*.onnx") if not path.with_suffix(".sig").exists()]
+        assert fedcore("device", "sign-step", graph, "--key", away).returncode == 0
+        signed.add(graph.read_bytes())
+    names = [
+        f"{early}{graph}{signature}"
+        for early in ("", "early-")
+        for graph in ("step", "evaluation")
+        for signature in ("", "-signature")
+    ]
+    found = offering(assembly, folder).blobs
+    assert set(found) == set(names)
+    assert {found[name] for name in names if not name.endswith("-signature")} == signed
+    assert found["evaluation"] != found["early-evaluation"]
+    check_step_signature(found["evaluation"], found["evaluation-signature"], folder.fleet.trust().publisher_keys)
+
+
 def test_a_committee_is_pinned_before_devices_are(tmp_path):
     folder = FleetFolder.open(tmp_path / "fleet", "watches")
     fleet = folder.fleet.trust()
@@ -345,19 +424,20 @@ def test_a_committee_is_pinned_before_devices_are(tmp_path):
 
 
 def test_serve_refuses_what_devices_cannot_do(tmp_path):
-    (tmp_path / "scenario.toml").write_text(
-        '[run]\nname = "x"\n[data]\ndataset = "digits"\nclients = 3\nholdout = 0.2\n[evaluation]\nfederated_every = 1\n'
-    )
+    (tmp_path / "scenario.toml").write_text('[run]\nname = "x"\n[data]\ndataset = "digits"\nclients = 3\n[cohort]\ndropout = 0.2\n')
     done = CliRunner().invoke(app, ["serve", str(tmp_path / "scenario.toml"), "--fleet", str(tmp_path / "fleet")])
     assert done.exit_code == 2
-    assert "--set evaluation.federated_every=0" in done.output
+    assert "real ones vanish by themselves" in done.output
     assert not (tmp_path / "fleet").exists()
     scenario(tmp_path)
     private = ["privacy.unit=example", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5"]
-    for overrides in (["cohort.size=2"], ["privacy.unit=client", "privacy.min_separation=2"]):
-        with pytest.raises(Refused, match="charged for every round"):
-            check_scenario(load_config(tmp_path / "scenario.toml", [*private, *overrides]))
-    check_scenario(load_config(tmp_path / "scenario.toml", private))
+    with pytest.raises(Refused, match="nothing is amplified"):
+        check_scenario(load_config(tmp_path / "scenario.toml", [*private, "privacy.unit=client", "privacy.sampling=poisson"]))
+    with pytest.raises(Refused, match="gathered for one sum"):
+        check_scenario(
+            load_config(tmp_path / "scenario.toml", ["secagg.enabled=true", "secagg.shards=2", "strategy.name=fedmedian"])
+        )
+    check_scenario(load_config(tmp_path / "scenario.toml", [*private, "cohort.size=2"]))
     missing = CliRunner().invoke(app, ["device", "token", "--fleet", str(tmp_path / "fleet")])
     assert missing.exit_code == 2
     assert "is no fleet's folder" in missing.output
@@ -409,7 +489,8 @@ def operators(tmp_path):
 
 @pytest.mark.slow
 def test_under_secure_aggregation_devices_give_the_sum_and_their_policy_holds(tmp_path, devices, operators):
-    config, expected, _ = prepared(tmp_path, devices)
+    config, _, _ = holding_out(tmp_path, devices)
+    expected = final_of(tmp_path / "simulated")
     fleet = FleetFolder.open(tmp_path / "fleet", "watches")
     operators.bundle(fleet)
     (tmp_path / "scenario.toml").write_text(
@@ -427,10 +508,19 @@ trust_key = "root/signing.pub"
     config = load_config(tmp_path / "scenario.toml", ["engine.name=loop", "secagg.corrupt_fraction=0.0"])
     pin_committee(config, fleet)
     assert fleet.fleet.trust().committee
-    found, rounds, _ = federated(config, devices, tmp_path)
+    found, rounds, run = federated(config, devices, tmp_path)
     assert [one["round"] for one in rounds] == [1, 2], devices.logs()
     assert all(one["secure"] for one in rounds)
-    np.testing.assert_allclose(found.master, expected.master, rtol=0, atol=2e-3)  # coordinates are rounded in the sum
+    np.testing.assert_allclose(found.master, expected, rtol=0, atol=2e-3)  # coordinates are rounded in the sum
+    values = torch.from_numpy(run.coordinator.received(found)[1])
+    task = RoundTask(2, LocalPlan(1, 10, 0.1), 1e6, found.ranges)
+    scores = [score for _, score, _ in build_clients(run.assembly).evaluate(values, range(3), task)]
+    told = rounds[-1]["federated"]
+    assert told["accuracy"] == sum(one.correct for one in scores) / sum(one.examples for one in scores), devices.logs()
+    assert told["loss"] == pytest.approx(sum(one.loss_sum for one in scores) / sum(one.examples for one in scores), abs=1e-5)
+    assert sum(told["histogram"]) == told["clients"] == 3
+    assert told["histogram"] == np.histogram([one.accuracy for one in scores], 20, (0, 1))[0].tolist()
+    assert told["secure"][0]["survivors"] == 3
     with pytest.raises(Refused, match="pin another committee"):
         fleet.pin_committee(dataclasses.replace(read_message(tmp_path / "bundle.json", TrustBundle), threshold=2))
 

@@ -389,6 +389,6 @@ def test_the_readmes_policy_is_one_and_says_the_defaults(tmp_path):
     from fedcore_device.policy import UpdatePolicy, read_policy
 
     readme = (Path(fedcore_device.runtime.__file__).parents[2] / "README.md").read_text()
-    (table,) = [part.partition("```")[0] for part in readme.split("```toml\n")[1:] if "[updates]" in part]
+    (table,) = [part.partition("```")[0] for part in readme.split("```toml\n")[1:] if part.startswith("[updates]")]
     (tmp_path / "policy.toml").write_text(table)
     assert read_policy(tmp_path / "policy.toml").updates == UpdatePolicy(models=("digits",), windows=("01:00-05:00",))

@@ -158,7 +158,7 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
         Refused: the model has a layer without a form for devices, or a step is not signed.
     """
     config, model = assembly.config, copy.deepcopy(assembly.model).eval()
-    shape = tuple(assembly.data.dataset.train.x.shape[1:])
+    shape = assembly.data.dataset.train.shape
     unit = "example" if assembly.protection.example else ""
 
     def export(prefix: str = "") -> dict[str, bytes]:

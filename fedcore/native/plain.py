@@ -238,17 +238,22 @@ def travel(parameters: Sequence[Parameter]) -> str:
     the blob; the update is local minus start."""
     into: list[str] = []
     out: list[str] = []
-    at = 0
+    at, count = 0, sum(math.prod(parameter.dims) for parameter in parameters if parameter.trainable)
     for parameter in parameters:
         if parameter.trainable:
             dims, strides = _joined(parameter.dims, parameter.strides)
             loops, place, there = _nested(dims, strides, parameter.offset, at)
-            into.append(f"{loops} blob[{place}] = values[{there}];")
-            if len(dims) > 1 and strides[-2] == 1 and dims[-2] % LANES == 0 and dims[-1] >= LANES // 2:
-                out += _transposing(dims, strides, parameter.offset, at)
+            squares = len(dims) > 1 and strides[-2] == 1 and dims[-2] % LANES == 0 and dims[-1] >= LANES // 2
+            end = at + math.prod(dims)
+            if squares and end < count:  # the last one's squares would reach over the end of the values
+                into += _transposing(dims, strides, parameter.offset, at, out=False)
+            else:
+                into.append(f"{loops} blob[{place}] = values[{there}];")
+            if squares:
+                out += _transposing(dims, strides, parameter.offset, at, out=True)
             else:
                 out.append(f"{loops} update[{there}] = w[{place}] - start[{place}];")
-            at += math.prod(dims)
+            at = end
     begin = function("import_start(real *restrict blob, const real *restrict values)", into)
     public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
     return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out)
@@ -262,20 +267,27 @@ def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -
     return loops, place, " + ".join([str(at), *(f"i{k} * {size}" for k, size in enumerate(inner))])
 
 
-def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> Iterator[str]:
-    """The update of a tensor whose last dimension is strided and whose last but one is not, by squares of 16 in registers.
+def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: int, *, out: bool) -> Iterator[str]:
+    """The way of a tensor whose last dimension is strided in the blob and whose last but one is not, by squares of 16 in registers:
+    as an update, or of values into the blob.
 
-    A square that reaches over the end of a row is stored before the rows that follow, which mend what it spoiled.
+    A square of an update that reaches over the end of a row is stored before the rows that follow, which mend what it spoiled.
     """
     (columns, count), step = dims[-2:], strides[-1]
     loops, place, there = _nested([*dims[:-2], columns // LANES], [*strides[:-2], LANES], offset, 0)
     there = f"({there}) * {count * LANES} + {at}"
-    yield f"{loops} {{ const real *a = w + {place}, *b = start + {place}; real *to = update + {there};"
+    if out:
+        yield f"{loops} {{ const real *a = w + {place}, *b = start + {place}; real *to = update + {there};"
+    else:
+        yield f"{loops} {{ const real *from = values + {there}; real *to = blob + {place};"
     for first in reversed(range(0, count, LANES)):
+        rows = [(first + i) * step for i in range(min(LANES, count - first))]
         yield "{"
-        for i in range(LANES):
-            row = (first + i) * step
-            yield f"V16 t{i} = load16(a + {row}) - load16(b + {row});" if first + i < count else f"V16 t{i} = (V16){{0}};"
+        if out:
+            yield from (f"V16 t{i} = load16(a + {row}) - load16(b + {row});" for i, row in enumerate(rows))
+            yield from (f"V16 t{i} = (V16){{0}};" for i in range(len(rows), LANES))
+        else:
+            yield from (f"V16 t{i} = load16(from + {i * count + first});" for i in range(LANES))
         for half in (8, 4, 2, 1):
             low = [LANES + lane - half if lane & half else lane for lane in range(LANES)]
             high = [LANES + lane if lane & half else lane + half for lane in range(LANES)]
@@ -283,7 +295,10 @@ def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: i
                 pair = f"t{i}, t{i + half}"
                 yield f"{{ V16 l = __builtin_shufflevector({pair}, {', '.join(map(str, low))});"
                 yield f"t{i + half} = __builtin_shufflevector({pair}, {', '.join(map(str, high))}); t{i} = l; }}"
-        yield from (f"store16(to + {i * count + first}, t{i});" for i in range(LANES))
+        if out:
+            yield from (f"store16(to + {i * count + first}, t{i});" for i in range(LANES))
+        else:
+            yield from (f"store16(to + {row}, t{i});" for i, row in enumerate(rows))
         yield "}"
     yield "}"
 

@@ -88,7 +88,7 @@ def private_entries(blocks: Blocks, memory: Memory) -> str:
     places, rows = memory.places, memory.rows
     return f"""
 __attribute__((visibility("default"))) void private_begin(Job *job) {{
-    clear(job->work + {places["velocity"]}, {blocks.blob});
+    if (job->momentum != 0 || job->decay != 0 || job->proximal != 0) clear(job->work + {places["velocity"]}, {blocks.blob});
     job->loss = 0;
     job->step = 0;
 }}
@@ -97,6 +97,7 @@ __attribute__((visibility("default"))) int private_step(Job *job) {{
     real *const work = job->work, *const w = work + {places["w"]}, *const g = work + {places["g"]};
     const real *const now = job->step ? w : job->start;
     Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0}};
+    rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
     for (long i = 0; i < job->examples; i++)
         if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {blocks.network.classes}) return 1;
     begin_batch(work, now, job->start);

@@ -23,7 +23,7 @@ from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
 from fedcore.quantization.layers import quantizers
 from fedcore.quantization.wire import ActivationRange
-from fedcore.training.dpsgd import noise_of
+from fedcore.training.dpsgd import GaussianNoise, noise_of
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import (
     ClientData,
@@ -79,7 +79,8 @@ class Program:
 def _program(blocks: Blocks, target: Target, double: bool) -> Program:
     """Remembered, so that workers forked after `prepare` find theirs at once."""
     memory = plan_memory(blocks)
-    text = source(blocks, memory, target) + Path(__file__).with_name("cohort.c").read_text(encoding="utf-8")
+    parts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("cohort.c", "noise.c")]
+    text = "\n".join([source(blocks, memory, target), *parts])
     return Program(blocks, memory, build(text, target, double=double))
 
 
@@ -124,6 +125,9 @@ class Worker:
         self._train, self._import = library.train, library.import_start
         self._train.argtypes, self._train.restype = [ctypes.POINTER(Job)], ctypes.c_int
         self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
+        self._gaussian = library.gaussian
+        self._gaussian.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
+        self._gaussian.restype = None
         self._work = _aligned(program.memory.numbers, self.dtype)
         self._bytes = _aligned(program.memory.bytes, torch.uint8)
         self._blob = _aligned(self.blocks.blob + LANES, self.dtype)
@@ -173,13 +177,23 @@ class Worker:
         trained = 0
         for rows in poisson_batches(len(y), plan, data.rng):
             order = torch.from_numpy(rows.astype(np.int64, copy=False))
-            noise.fill(drawn, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
+            self._fill(drawn, noise, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
             job.order, job.examples = order.data_ptr(), len(rows)
             if self.library.private_step(ctypes.byref(job)):
                 raise Refused(self.no_class(data.client))
             trained += len(rows)
         self.library.private_end(ctypes.byref(job))
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
+
+    def _fill(self, out: Tensor, noise: GaussianNoise, deviation: float) -> None:
+        """As ``noise.fill``, but for the last bits; double precision is left to it."""
+        if self.dtype is not torch.float32:
+            noise.fill(out, deviation)
+            return
+        for first in range(0, len(out), noise.PIECE):
+            count = min(noise.PIECE, len(out) - first)
+            bits = noise.bits(count)
+            self._gaussian(bits.ctypes.data, count, deviation, out.data_ptr() + 4 * first)
 
     def _set_rates(self, plan: LocalPlan) -> None:
         job = self._job

@@ -34,19 +34,18 @@ class GaussianNoise:
     from their lowest bits is not covered by the accounting, here as in every DP-SGD in floating point.
     """
 
-    _PAIRS = 1 << 16  # drawn at a time; part of the definition of the stream
-    _ZEROS = bytes(12 * _PAIRS)
+    PIECE = 1 << 17  # numbers drawn at a time; part of the definition of the stream
+    _ZEROS = bytes(6 * PIECE)
 
     def __init__(self, rng: np.random.Generator) -> None:
         self._stream = Cipher(algorithms.AES128(rng.bytes(16)), modes.CTR(bytes(16))).encryptor()
 
     def fill(self, out: Tensor, deviation: float) -> None:
         """Overwrite ``out`` [d], on the CPU, with the next d values of standard deviation ``deviation``."""
-        for first in range(0, len(out), 2 * self._PAIRS):
-            piece = out[first : first + 2 * self._PAIRS]
+        for first in range(0, len(out), self.PIECE):
+            piece = out[first : first + self.PIECE]
             pairs = -(-len(piece) // 2)
-            bits = torch.empty(12 * pairs + 15, dtype=torch.uint8)  # the cipher asks for room for one block more
-            self._stream.update_into(memoryview(self._ZEROS)[: 12 * pairs], bits.numpy().data)
+            bits = torch.from_numpy(self.bits(len(piece)))
             wide = bits[: 8 * pairs].view(torch.int64).to(out.dtype)
             radius = wide.abs_().clamp_(min=1).mul_(2.0**-63).log_().mul_(-2).sqrt_().mul_(deviation)
             narrow = bits[8 * pairs : 12 * pairs].view(torch.int32).to(out.dtype)
@@ -54,6 +53,13 @@ class GaussianNoise:
             torch.cos(angle, out=piece[:pairs]).mul_(radius)
             rest = len(piece) - pairs
             torch.mul(angle.sin_()[:rest], radius[:rest], out=piece[pairs:])
+
+    def bits(self, count: int) -> npt.NDArray[np.uint8]:
+        """What the next ``count`` numbers, at most `PIECE`, are made of: for each pair 64 bits for radii, then 32 for angles."""
+        size = 12 * -(-count // 2)
+        found = np.empty(size + 15, np.uint8)  # the cipher asks for room for one block more
+        self._stream.update_into(memoryview(self._ZEROS)[:size], found.data)
+        return found
 
 
 def noise_of(data: ClientData) -> GaussianNoise:

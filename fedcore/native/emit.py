@@ -10,7 +10,7 @@ from fedcore.native.blocks import Addition, Block, Blocks, Conv, Depthwise, Line
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import Target, marks
 
-__all__ = ["source"]
+__all__ = ["engine_source", "source"]
 
 
 def source(blocks: Blocks, memory: Memory, target: Target) -> str:
@@ -18,6 +18,12 @@ def source(blocks: Blocks, memory: Memory, target: Target) -> str:
     writer = _Writer(blocks, memory, target)
     prelude = Path(__file__).with_name("prelude.c").read_text(encoding="utf-8")
     return "\n".join([prelude, *writer.kernels(), writer.part(), writer.begin_batch(), writer.train(), *writer.private()])
+
+
+def engine_source(blocks: Blocks, memory: Memory, target: Target) -> str:
+    """The trainer with what only simulations call: whole cohorts, drawn noise."""
+    parts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("cohort.c", "noise.c")]
+    return "\n".join([source(blocks, memory, target), *parts])
 
 
 class _Writer:

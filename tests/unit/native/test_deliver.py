@@ -17,7 +17,7 @@ from fedcore.cli import app
 from fedcore.native.blocks import LANES, plan
 from fedcore.native.build import COMMON, BuildFailed, build, compile_library, host_target
 from fedcore.native.deliver import DEVICES, deliver, load_alignment
-from fedcore.native.emit import source
+from fedcore.native.emit import engine_source, source
 from fedcore.native.explain import explain
 from fedcore.native.layers import lower
 from fedcore.native.memory import plan_memory
@@ -138,7 +138,7 @@ def test_a_microcontroller_gives_the_bits_of_this_processor(name, quantized, tmp
     blocks = plan(lower(model, SHAPES[name]), model)
     memory = plan_memory(blocks, DEVICES["cortex-m4"].rows)
     host = host_target()
-    library = build(source(blocks, memory, host), host)
+    library = build(engine_source(blocks, memory, host), host)
     expected = Worker(Program(blocks, memory, library), model).train(start_of(model), client, local).update
     client = federation(SHAPES[name], torch.float32)[0]
     order = np.concatenate(batch_order(len(client.y), local, client.rng))

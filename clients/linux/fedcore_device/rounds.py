@@ -20,6 +20,7 @@ from fedcore.secagg.committee_wire import one_line
 from fedcore_device.child import write_job
 from fedcore_device.environment import Environment
 from fedcore_device.policy import Policy
+from fedcore_device.round_model import fetch_model, named_blobs
 from fedcore_device.state import State, Work, write_durably
 from fedcore_device.training import train_in_child
 
@@ -165,13 +166,14 @@ class RoundWork:
         """
         began, settings = time.monotonic(), to_table(plan)
         blobs = {blob.name: blob for blob in plan.blobs}
-        self._state.keep_blobs({blob.digest.hex() for blob in plan.blobs})
+        self._state.keep_blobs(named_blobs(plan))
         graph = _GRAPHS[plan.kind]
         graph = f"early-{graph}" if f"early-{graph}" in blobs and not settings.get("activation-names") else graph
         names = [f"{graph}-signature", graph, "model", *(["frozen"] if "frozen" in blobs else [])]
         if missing := [name for name in names if name not in blobs]:
             raise Refused(f"training step: the plan names no {missing[0]}")
-        found = {name: self._fetch(work.token, blobs[name]) for name in names}
+        found = {name: self._fetch(work.token, blobs[name]) for name in names if name != "model"}
+        found["model"] = fetch_model(self._state, plan, blobs["model"], lambda blob: self._fetch(work.token, blob))
         step = found[graph]
         check_step_signature(step, found[names[0]][:SIGNATURE], self._trust.publisher_keys)
         accepted = None

@@ -30,6 +30,7 @@ from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.conduct import Conductor, Finished, Forming
 from fedcore.gateway.fleet import Progress, Selection
 from fedcore.gateway.identity import read_device, spell
+from fedcore.gateway.lineage import Lineage
 from fedcore.gateway.plan import to_settings
 from fedcore.gateway.rounds import Place
 from fedcore.gateway.sums import RunningSum, Summand, UploadTerms, read_upload
@@ -83,6 +84,7 @@ class DeviceGrid(ClientGrid):
         self.numbers: Callable[[Sequence[str]], Sequence[int]] | None = None
         self.pay: Callable[[int, Sequence[str], Release | None], None] | None = None
         self._extra = [pb.Blob(name=name, digest=blobs.put(data), size=len(data)) for name, data in offering.blobs.items()]
+        self._lineage = Lineage(blobs)
         self._known: dict[int, int] = {}
         self._chosen: list[int] | None = None
         self._forming: Forming | None = None
@@ -218,13 +220,14 @@ class DeviceGrid(ClientGrid):
         task = RoundTask.from_table(config)
         model = encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), task.ranges)
         trains = kind == MessageType.TRAIN
-        blobs = [pb.Blob(name="model", digest=self._blobs.put(model), size=len(model))]
-        blobs += [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
+        whole, deltas = self._lineage.offer(model)
+        others = [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
         masked = uploads.encoding == "masked"
         return pb.Plan(
             kind=pb.TRAIN if trains else pb.EVALUATE,
             aggregation=pb.MASKED if masked else pb.EACH if uploads.kept else pb.MEAN,
-            blobs=blobs, settings=to_settings(config), upload_encoding=uploads.encoding, most_upload_bytes=uploads.most_bytes,
+            blobs=[whole, *others, *deltas], settings=to_settings(config), upload_encoding=uploads.encoding,
+            most_upload_bytes=uploads.most_bytes,
             capabilities=self._offering.capabilities if trains else (_EVALUATES,), server_round=task.round_number,
             values=uploads.values,
         )  # fmt: skip

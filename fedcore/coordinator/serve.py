@@ -11,7 +11,11 @@ from pathlib import Path
 
 from fedcore.config import RunConfig
 from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.asynchronous import BufferedCoordinator
+from fedcore.coordinator.budget import Budget
+from fedcore.coordinator.buffered_devices import BufferedDevices
 from fedcore.coordinator.fleet import FleetFolder, least_uploads, offering
+from fedcore.coordinator.rounds import Coordinator
 from fedcore.coordinator.run import FederatedRun, RunGrid
 from fedcore.coordinator.secure import trusted_committee
 from fedcore.coordinator.strategy import accepts_mean
@@ -19,7 +23,8 @@ from fedcore.errors import Refused
 from fedcore.gateway.blobs import Blobs
 from fedcore.gateway.conduct import Conductor
 from fedcore.gateway.fleet import Selection
-from fedcore.grids.device import DeviceGrid
+from fedcore.gateway.versions import VersionConductor
+from fedcore.grids.device import DeviceGrid, Offering
 from fedcore.secagg.keys import read_message, read_public_key
 from fedcore.secagg.messages import TrustBundle
 from fedcore.secagg.trust import check_trust
@@ -55,6 +60,11 @@ def check_scenario(config: RunConfig) -> None:
         )
     if config.secagg.shards > 1:
         raise Refused(f"secagg.shards = {config.secagg.shards}: the devices of a round are gathered for one sum; leave it out")
+    if config.asynchronous.buffer and (config.privacy or config.evaluation.federated_every):
+        raise Refused(
+            "[asynchronous] over devices has neither [privacy], which would charge them version by version, nor "
+            "evaluation.federated_every yet: leave them out, or simulate"
+        )
     if config.cohort.dropout:
         raise Refused("cohort.dropout is of simulated clients; real ones vanish by themselves")
 
@@ -108,6 +118,8 @@ class DeviceRun(FederatedRun):
             over_selection=min(choice.over_selection, asked / scored) if assembly.secured else choice.over_selection,
             capabilities=("evaluate-1", *secured), most_participations=0, separation=0,
         )  # fmt: skip
+        if config.asynchronous.buffer:
+            return self._asynchronous(assembly, selection, blobs)
         conductor = Conductor(open_gateway_store(self._where), self._folder.fleet.trust().deployment, self._folder.fleet.plan_key())
         task, mean = self._task(config), assembly.secured is not None or accepts_mean(assembly.strategy)
         devices = DeviceGrid(
@@ -119,6 +131,22 @@ class DeviceRun(FederatedRun):
         # The committee counts the attempts of a task from one, and this process does so anew after a restart.
         committee = trusted_committee(config, assembly.secured)
         return assembly.secured.wrap(devices, assembly.layout, committee, f"{task}-{int(time.time())}")
+
+    def _asynchronous(self, assembly: Assembly, selection: Selection, offered: Offering) -> BufferedDevices:
+        config, trust = assembly.config, self._folder.fleet.trust()
+        conductor = VersionConductor(open_gateway_store(self._where), trust.deployment, self._folder.fleet.plan_key())
+        one = config.asynchronous
+        selection = dataclasses.replace(selection, goal=one.buffer, minimum=one.buffer, over_selection=1.0)
+        return BufferedDevices(
+            conductor, Blobs(self._folder.blobs), assembly.layout, self._task(config), selection, offered, config,
+            one.at_once(len(assembly.data.clients)),
+        )  # fmt: skip
+
+    def _coordinate(self, store: RunStore, budget: Budget | None) -> Coordinator:
+        if not isinstance(self.grid, BufferedDevices):
+            return super()._coordinate(store, budget)
+        self.grid.numbers = store.numbers
+        return BufferedCoordinator(self.assembly, self.grid, store, budget, self.grid)
 
     def _population(self) -> str:
         """A ledger names devices by their ids, which are the fleet's."""

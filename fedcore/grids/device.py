@@ -104,7 +104,7 @@ class DeviceGrid(ClientGrid):
         self._abandon("the coordinator has stopped")
 
     @property
-    def gathering(self) -> Gathering:
+    def gathering(self) -> Gathering | None:
         """See `flower.ClientGrid`."""
         return self
 
@@ -217,9 +217,12 @@ class DeviceGrid(ClientGrid):
         return plans, cohort
 
     def _plan(self, arrays: ArrayRecord, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
-        task = RoundTask.from_table(config)
-        model = encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), task.ranges)
-        trains = kind == MessageType.TRAIN
+        ranges = RoundTask.from_table(config).ranges
+        return self.plan(encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), ranges), config, kind, uploads)
+
+    def plan(self, model: bytes, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
+        """What a device is asked to do with an encoded ``model``, to be completed and signed by the conductor."""
+        task, trains = RoundTask.from_table(config), kind == MessageType.TRAIN
         whole, deltas = self._lineage.offer(model)
         others = [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
         masked = uploads.encoding == "masked"

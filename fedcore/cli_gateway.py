@@ -70,6 +70,7 @@ def serve(
         from fedcore.coordinator.release_service import attended, pin_root, place_and_keys
         from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee, shown
         from fedcore.display import follow, human_bytes
+        from fedcore.state.gateway import open_gateway_store
 
         config = load_config(scenario, overrides or [])
         check_scenario(config)
@@ -82,6 +83,7 @@ def serve(
             pin_root(folder.fleet, releases)
         directory = out or next_directory(Path("runs"), config.run.name)
         where = store or folder.store
+        open_gateway_store(where).close()  # one that would lose what it acknowledges is refused before anything begins
         choice = Choice(over_selection, window, minimum, devices)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -265,8 +265,8 @@ def test_what_cannot_be_rehearsed_is_refused(tmp_path):
 def test_everything_fails_over_sqlite_and_each_attempt_is_charged(tmp_path, unit):
     more = {"example": (), "client": ("privacy.clipping_norm=0.05",)}[unit]
     overrides = (f"privacy.unit={unit}", "privacy.noise_multiplier=1.0", "privacy.delta=1e-5", *more)
-    plan = Plan(21, KINDS, 2.0, 70.0)
-    deployment, judged = beaten(tmp_path, plan, 15, devices=4, ahead=YEAR, overrides=overrides)
+    plan = Plan(21, KINDS, 1.5, 300.0, 14)  # each of six processes is killed, and each one's disk is full
+    deployment, judged = beaten(tmp_path, plan, 32, devices=4, ahead=YEAR, overrides=overrides)
     assert {"kill coordinator", "disk coordinator", "disk gateway"} <= set(judged.happened)
     facts = _read_run(deployment.run)
     mine = [one for one in known_rounds(str(deployment.fleet / "store.sqlite")) if one.document.cohort]
@@ -277,16 +277,16 @@ def test_everything_fails_over_sqlite_and_each_attempt_is_charged(tmp_path, unit
 @pytest.mark.slow
 def test_everything_fails_over_redis_with_two_gateways(tmp_path):
     """One store for the coordinator's gateway and a replica; each of them, Redis, coordinator and devices are killed."""
-    plan = Plan(22, KINDS, 2.0, 80.0)
-    deployment, judged = beaten(tmp_path, plan, 20, devices=4, replicas=1, redis=True, ahead=YEAR)
+    plan = Plan(22, KINDS, 1.5, 300.0, 16)
+    deployment, judged = beaten(tmp_path, plan, 36, devices=4, replicas=1, redis=True, ahead=YEAR)
     assert {"kill redis", "kill replica", "kill gateway", "kill coordinator", "kill device"} <= set(judged.happened)
     assert not deployment.fleet.joinpath("store.sqlite").exists(), "nothing was kept beside Redis"
 
 
 @pytest.mark.slow
 def test_one_of_two_gateways_is_killed_again_and_again_and_no_round_is_the_worse(tmp_path):
-    plan = Plan(23, ("kill",), 0.7, 40.0, targets=("replica-0",), wire=Faults(), messages=Faults())
-    _, judged = beaten(tmp_path, plan, 12, devices=4, replicas=1, redis=True)
+    plan = Plan(23, ("kill",), 0.7, 300.0, 6, targets=("replica-0",), wire=Faults(), messages=Faults())
+    _, judged = beaten(tmp_path, plan, 20, devices=4, replicas=1, redis=True)
     assert judged.happened["kill replica"] >= 5
     assert not judged.aborts
 

@@ -27,10 +27,15 @@ class Lineage:
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self._recent: deque[bytes] = deque(maxlen=_KEPT)
+        self._occasion: tuple[str, int] | None = None
 
-    def offer(self, model: bytes) -> tuple[pb.Blob, list[pb.Blob]]:
-        """The blob "model", and deltas to it, the newest base first."""
+    def offer(self, model: bytes, occasion: tuple[str, int]) -> tuple[pb.Blob, list[pb.Blob]]:
+        """The blob "model", and deltas to it, the newest base first; none for a second model of one ``occasion`` (kind of work and
+        round): where every device has a model of its own, no other holds what it is from."""
         whole = pb.Blob(name="model", digest=self._blobs.put(model), size=len(model))
+        if occasion == self._occasion:
+            return whole, []
+        self._occasion = occasion
         deltas = [delta for base in reversed(self._recent) if base != model and (delta := self._delta(base, model)) is not None]
         if model in self._recent:
             self._recent.remove(model)

@@ -223,7 +223,7 @@ class DeviceGrid(ClientGrid):
     def plan(self, model: bytes, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
         """What a device is asked to do with an encoded ``model``, to be completed and signed by the conductor."""
         task, trains = RoundTask.from_table(config), kind == MessageType.TRAIN
-        whole, deltas = self._lineage.offer(model)
+        whole, deltas = self._lineage.offer(model, (kind, task.round_number))
         others = [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
         masked = uploads.encoding == "masked"
         return pb.Plan(

@@ -32,7 +32,7 @@ def device(tmp_path):
 
 def plan_of(gateway, lineage, blobs, model, number):
     """A round's plan as `DeviceGrid` makes it, its blobs where the fake gateway serves them."""
-    whole, deltas = lineage.offer(model)
+    whole, deltas = lineage.offer(model, ("train", number))
     found = plan(gateway, round=number, server_round=number)
     others = [blob for blob in found.blobs if blob.name != "model"]
     del found.blobs[:]
@@ -132,11 +132,14 @@ def test_a_base_that_names_another_file_is_not_looked_at(device, tmp_path):
     assert "delta" not in go(device, found)
 
 
-def test_models_of_another_shape_or_the_same_have_no_delta(tmp_path):
-    lineage, one = Lineage(Blobs(tmp_path)), models(1)[0]
-    assert lineage.offer(one)[1] == []
-    assert lineage.offer(one)[1] == []
+def test_what_has_no_delta(tmp_path):
+    lineage, (one, two, three) = Lineage(Blobs(tmp_path)), models(3)
+    assert lineage.offer(one, ("train", 1))[1] == []
+    assert lineage.offer(one, ("evaluate", 1))[1] == [], "it is the same"
     other = network("cnn")
-    assert lineage.offer(encode_model(layout_of(other, trainable=True).wire_tensors(start_of(other))))[1] == []
-    whole, deltas = lineage.offer(one)
-    assert (whole.name, deltas) == ("model", []), "it is in the line already, and the other has another shape"
+    shaped = encode_model(layout_of(other, trainable=True).wire_tensors(start_of(other)))
+    assert lineage.offer(shaped, ("train", 2))[1] == []
+    whole, deltas = lineage.offer(two, ("evaluate", 2))
+    assert whole.name == "model"
+    assert [blob.name for blob in deltas] == [f"model-from-{hashlib.sha256(one).hexdigest()}"]
+    assert lineage.offer(three, ("evaluate", 2))[1] == [], "another device's own model in the same round"

@@ -25,6 +25,7 @@ from fedcore.grids.device import DeviceGrid, Offering
 from fedcore.models import ParameterLayout
 from fedcore.privacy.release import plan_release
 from fedcore.quantization.wire import Update, encode_update
+from fedcore.registry.delta import apply_delta
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.sums import ScoreSum
 from fedcore.state.gateway import Contribution, Device, Note, Round, RoundState, open_gateway_store
@@ -331,3 +332,19 @@ def test_a_devices_side_needs_neither_torch_nor_numpy():
         "import sys, fedcore.gateway.client; print([m for m in ('torch', 'flwr', 'numpy', 'redis', 'sqlite3') if m in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_the_next_rounds_plan_names_a_delta_from_this_rounds_model(world):
+    grid, devices = world(numbered)
+    plans = []
+    for number in (1, 2):
+        task, record = ConfigRecord(RoundTask(number, PLAIN, 1e6).to_table()), to_record(LAYOUT, MASTER * number)
+        content = RecordDict({"arrays": record, "config": task})
+        grid.send_and_receive([Message(content, node, MessageType.TRAIN) for node in grid.get_node_ids()])
+        plans.append({blob.name: blob for blob in devices.seen[-1][1].blobs})
+    (first, second), blobs = plans, Blobs(devices.blobs)
+    base, model = first["model"].digest, second["model"]
+    delta = second[f"model-from-{base.hex()}"]
+    assert delta.size < model.size
+    assert apply_delta(blobs.get(base), blobs.get(delta.digest), model.digest, model.size) == blobs.get(model.digest)
+    assert not any(name.startswith("model-from-") for name in first)

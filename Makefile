@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo demo-devices test test-all lint types imports check clean
+.PHONY: help setup demo demo-devices demo-push test test-all lint types imports check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -23,6 +23,9 @@ demo: $(READY) ## Federate the digits data set: one to three minutes
 
 demo-devices: $(READY) ## Eight device processes with TLS, secure aggregation and DP: two minutes
 	$(BIN)/python clients/linux/demo.py
+
+demo-push: $(READY) ## A model is pushed to twenty device processes; bad ones are stopped and taken back: ten minutes
+	$(BIN)/python -m simulations.push
 
 test: $(READY) ## The test suite
 	$(BIN)/pytest -n auto -m "not slow"

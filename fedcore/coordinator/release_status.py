@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -12,7 +13,7 @@ from typing import Any
 
 from fedcore.coordinator.releases import Registry, roll_back
 from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl
-from fedcore.errors import FedcoreError
+from fedcore.errors import FedcoreError, TryAgain
 from fedcore.registry.repository import renew
 from fedcore.registry.rollout import Rollout, Test, decide, exposed
 from fedcore.secagg.committee_wire import one_line
@@ -134,9 +135,10 @@ class Steward:
     def _renew(self) -> None:
         from datetime import UTC, datetime
 
-        if self.registry is not None:
-            renew(self.registry.files, self.registry.signers, datetime.now(UTC))
-        self._renewed = time.monotonic()
+        with contextlib.suppress(TryAgain):  # whoever publishes at this moment signs anew as well
+            if self.registry is not None:
+                renew(self.registry.files, self.registry.signers, datetime.now(UTC))
+            self._renewed = time.monotonic()
 
     def _wrong(self, error: FedcoreError) -> None:
         problem = one_line(str(error))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fedcore.coordinator.rollouts import Order, RolloutControl
-from fedcore.errors import Refused
+from fedcore.errors import Refused, TryAgain
 from fedcore.registry.catalogue import ARTEFACT, DELTA, Catalogue
 from fedcore.registry.compare import Row, compare_releases
 from fedcore.registry.files import Files, open_files
@@ -21,6 +22,8 @@ from fedcore.registry.repository import load, publish
 from fedcore.registry.rollout import Rollout, votes
 
 __all__ = ["Created", "Registry", "compared", "create_release", "export_folder", "model_of", "roll_back", "self_test_batch"]
+
+_PATIENCE, _TURN = 30.0, 0.2  # seconds to wait for another publisher, and between two tries
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def create_release(
     state = load(registry.files)
     version = state.catalogue().latest(model) + 1
     items = release_items(export, model, version, batch, registry.files, state, bases, tuple(tiers))
-    publish(registry.files, items, registry.signers, datetime.now(UTC), keep)
+    _patiently(lambda: publish(registry.files, items, registry.signers, datetime.now(UTC), keep))
     artefacts = {f"{i.custom['tier']}/{i.custom['runtime']}": len(i.data) for i in items if i.custom["kind"] == ARTEFACT}
     return Created(model, version, artefacts, [len(item.data) for item in items if item.custom["kind"] == DELTA])
 
@@ -114,8 +117,22 @@ def _old_content(registry: Registry, model: str, state: Rollout, old: int) -> in
     if there and catalogue.digest(model, latest) == catalogue.digest(model, old):
         return latest
     items = rollback_items(registry.files, held, model, old, latest + 1)
-    publish(registry.files, items, registry.signers, datetime.now(UTC))
+    _patiently(lambda: publish(registry.files, items, registry.signers, datetime.now(UTC)))
     return latest + 1
+
+
+def _patiently(work: Callable[[], None]) -> None:
+    """Do it once nobody else publishes, as a coordinator does that signs the timestamp anew."""
+    end = time.monotonic() + _PATIENCE
+    while True:
+        try:
+            work()
+        except TryAgain:
+            if time.monotonic() > end:
+                raise
+            time.sleep(_TURN)
+        else:
+            return
 
 
 def compared(control: RolloutControl, model: str, a: int, b: int) -> tuple[list[Row], bool]:

@@ -262,8 +262,8 @@ def one_bad(
     harmful = sorted({one["signal"] for one in abort["evidence"] if one["harmful"]})
     ran = sorted(devices.ran.get(version, set()))
     seconds = abort["at"] - started["at"]
-    say(f"release {version} was aborted after {seconds:.0f} s by {', '.join(harmful)}; {len(ran)} of its {len(canary)} canaries ran "
-        f"it and nobody else; all are back after {devices.now() - began:.0f} s")  # fmt: skip
+    say(f"release {version} was aborted after {seconds:.0f} s by {', '.join(harmful)}; {len(ran)} of its {len(canary)} canaries "
+        f"ran it and nobody else; all are back after {devices.now() - began:.0f} s")  # fmt: skip
     if not set(ran) <= set(canary):
         raise SystemExit(f"release {version} ran outside of its canary")
     return {"name": name, "version": version, "canary": canary, "ran": ran, "aborted_by": harmful, "seconds": seconds,

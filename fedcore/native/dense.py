@@ -161,10 +161,12 @@ def _backward_rows(head: str, block: Linear, target: Target, rows: int) -> str:
     return function(f"{head}(const real *restrict d, const real *restrict w, real *restrict dx)", body)
 
 
-def dense_update(name: str, block: Linear, target: Target) -> str:
-    """``name(d, x, w, now, start, velocity, g, rule, rows, first, last)``: a batch's weight gradient, the step from now to w.
+def dense_update(name: str, block: Linear, target: Target, rounded: str = "") -> str:
+    """``name(d, x, w, now, start, velocity, g, spare, q, rule, rows, first, last)``: a batch's weight gradient, the step to w.
 
-    A batch that comes in several parts is summed in g: ``first`` begins it, ``last`` makes the step.
+    A batch that comes in several parts is summed in g: ``first`` begins it, ``last`` makes the step. Only the plain step is made
+    from registers: others wait in ``spare``, so that what they read beside is read in one run. The kernel ``rounded``, if there
+    is one, brings new weights to q while they are near.
     """
     vectors, outputs = block.inputs // LANES, block.layer.shape[0]
     wide = max(balanced(vectors, 3 if target.accumulators > 8 else 2))
@@ -175,23 +177,31 @@ def dense_update(name: str, block: Linear, target: Target) -> str:
         repeat, across = rows.count(size), 0
         columns = balanced(vectors, wide)
         body.append(f"for (long o = {down}; o < {down + size * repeat}; o += {size}) {{")
+        body.append(f"const long of = o * {block.inputs};")
         for width in sorted(set(columns), reverse=True):
             end = across + columns.count(width) * width * LANES
             kernels.append(_update_tile(f"{name}_{size}x{width}", block, size, width))
             body.append(f"for (long i = {across}; i < {end}; i += {width * LANES}) {{")
-            body.append(f"const long at = o * {block.inputs} + i;")
-            blobs = "w + at, now + at, start + at, velocity + at, g + at"
-            body.append(f"{name}_{size}x{width}(d + o, x + i, {blobs}, rule, rows, first, last);")
+            body.append("real *const to = !last ? g + of + i : rule->plain ? 0 : spare + i;")
+            body.append(f"{name}_{size}x{width}(d + o, x + i, w + of + i, now + of + i, g + of + i, to, rule, rows, first);")
             body.append("}")
             across = end
+        count = size * block.inputs
+        body.append(f"if (last && !rule->plain) steps(w + of, now + of, start + of, velocity + of, spare, {count}, rule);")
+        if rounded:
+            body.append(f"if (last && !rule->end) {rounded}(w + of, q + of, {size});")
         body.append("}")
         down += size * repeat
     return "\n".join([*dict.fromkeys(kernels), function(f"{name}({_UPDATE})", body)])
 
 
 _UPDATE = (
-    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *start, real *restrict velocity, "
-    "real *restrict g, const Rule *rule, long rows, int first, int last"
+    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *start, real *velocity, "
+    "real *g, real *spare, real *q, const Rule *rule, long rows, int first, int last"
+)
+_TILE = (
+    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *g, real *to, const Rule *rule, "
+    "long rows, int first"
 )
 
 
@@ -207,11 +217,9 @@ def _update_tile(head: str, block: Linear, tall: int, wide: int) -> str:
         body.append(f"    real s{o} = d[{o}];")
         body += [f"    a{o}_{c} = a{o}_{c} + x{c} * s{o};" for c in range(wide)]
     body.append("}")
-    body.append("if (!last) {")
-    body += [f"store16(g + {at}, a{o}_{c});" for o, c, at in each]
-    body.append("} else if (rule->plain) {")
-    body += [f"plain16(w + {at}, now + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body.append("if (to) {")
+    body += [f"store16(to + {at}, a{o}_{c});" for o, c, at in each]
     body.append("} else {")
-    body += [f"step16(w + {at}, now + {at}, start + {at}, velocity + {at}, a{o}_{c}, rule);" for o, c, at in each]
+    body += [f"plain16(w + {at}, now + {at}, a{o}_{c}, rule);" for o, c, at in each]
     body.append("}")
-    return function(f"{head}({_UPDATE})", body)
+    return function(f"{head}({_TILE})", body)

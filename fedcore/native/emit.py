@@ -81,7 +81,7 @@ class _Writer:
     def _weight_kernel(self, i: int, block: Block) -> str:
         match block:
             case Linear():
-                return dense.dense_update(f"update{i}", block, self.target)
+                return dense.dense_update(f"update{i}", block, self.target, f"grid{i}" if block.layer.rounded else "")
             case Conv():
                 return weight_gradients.conv_weight_gradient(f"weight{i}", block, self.target)
             case Depthwise():
@@ -153,16 +153,23 @@ class _Writer:
         return f"job->ranges + {block.quantizer or 0}"
 
     def begin_batch(self) -> str:
-        """What depends on the weights alone: rounding, layouts; and the sums of gradients begin at zero."""
-        body = []
+        """What depends on the weights alone: rounding, layouts; and the sums of gradients begin at zero. After a step, the weights
+        of fully connected layers are rounded already (``next_batch``)."""
+        dense_weights, body = [], []
         for i, block in enumerate(self.blocks.blocks):
-            if isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded:
+            if isinstance(block, Linear) and block.layer.rounded:
+                dense_weights.append(f"grid{i}({_place(block.weight)}, {self._at(f'q{i}')}, {block.layer.shape[0]});")
+            elif isinstance(block, (Conv, Depthwise)) and block.layer.rounded:
                 body.append(f"grid{i}({_place(block.weight)}, {self._at(f'q{i}')});")
             if isinstance(block, Conv) and not block.by_tap:
                 body.append(f"transposed{i}({self._weights(i, block)}, {self._at(f't{i}')});")
         small = [p for p in self.blocks.parameters if p.name not in self.linear_weights]
         body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in plain.merged(small)]
-        return "\n".join(["KERNEL void begin_batch(real *work, const real *now, const real *start) {", *body, "}", ""])
+        arguments = "(real *work, const real *now, const real *start)"
+        following = [f"KERNEL void next_batch{arguments} {{", *body, "}"]
+        return "\n".join([
+            *following, f"KERNEL void begin_batch{arguments} {{", *dense_weights, "next_batch(work, now, start);", "}", "",
+        ])  # fmt: skip
 
     def private(self) -> Iterator[str]:
         """DP-SGD: see private.py."""
@@ -205,7 +212,7 @@ class _Writer:
         bias = f"total + {block.bias.offset}" if block.bias else "total"
         yield f"scaled{i}({x}, {d}, factors, {bias}, rows);"
         if self._learns(i, block):
-            yield f"update{i}({d}, {x}, w, now, start, velocity, total + {at}, rule, rows, 0, 0);"
+            yield f"update{i}({d}, {x}, w, now, start, velocity, total + {at}, w, w, rule, rows, 0, 0);"
 
     def _losses(self) -> Iterator[str]:
         last = len(self.blocks.blocks) - 1
@@ -279,7 +286,8 @@ class _Writer:
         yield from self._linear_input(i, block)
         if self._learns(i, block):
             at = block.weight.offset
-            blobs = f"w + {at}, now + {at}, start + {at}, velocity + {at}, g + {at}"
+            spare, q = self._at("example"), self._at(f"q{i}") if block.layer.rounded else "w"
+            blobs = f"w + {at}, now + {at}, start + {at}, velocity + {at}, g + {at}, {spare}, {q}"
             yield f"update{i}({d}, {self._out(i - 1, row=False)}, {blobs}, rule, rows, first, last);"
 
     def _plane_backward(self, i: int, block: Block) -> Iterator[str]:
@@ -326,15 +334,14 @@ class _Writer:
 
     def train(self) -> str:
         """The entry point: all epochs of one client. Returns 1 for a label that is no class."""
-        blob, count = self.blocks.blob, self.blocks.trainable
+        count = self.blocks.trainable
         return f"""
 __attribute__((visibility("default"))) int train(Job *job) {{
     real *const work = job->work, *const w = {self._at("w")}, *const velocity = {self._at("velocity")};
-    Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0}};
+    Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0, 1, 0}};
     rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
     for (long i = 0; i < job->examples; i++)
         if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {self.blocks.network.classes}) return 1;
-    if (!rule.plain) clear(velocity, {blob});
     job->loss = 0;
     real check = 0;
     const real *now = job->start;
@@ -343,7 +350,9 @@ __attribute__((visibility("default"))) int train(Job *job) {{
             const long left = job->examples - begin, count = left < job->batch ? left : job->batch;
             const long parts = (count + {self.memory.rows - 1}) / {self.memory.rows};
             const int64_t *order = job->order + epoch * job->examples + begin;
-            begin_batch(work, now, job->start);
+            if (rule.begin) begin_batch(work, now, job->start);
+            else next_batch(work, now, job->start);
+            rule.end = epoch + 1 == job->epochs && begin + count == job->examples;
             for (long p = 0; p < parts; p++) {{
                 const long rows = count / parts + (p < count % parts);
                 part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, &check, now);
@@ -351,6 +360,7 @@ __attribute__((visibility("default"))) int train(Job *job) {{
             }}
             small_steps(w, now, job->start, velocity, {self._at("g")}, &rule);
             now = w;
+            rule.begin = 0;
         }}
     export_update(now, job->start, job->update);
     if (check != 0) {{

@@ -170,9 +170,9 @@ def loss(name: str, classes: int) -> str:
 
 
 def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
-    """``name(w, q)``: weights to their int8 grids, one scale per output channel."""
+    """``name(w, q)``: weights to their int8 grids, one scale per output channel; ``name(w, q, rows)`` for a fully connected layer."""
     if isinstance(block, Linear):
-        return _round_rows(name, block.layer.shape[0], block.inputs, LANES)
+        return _round_rows(name, "rows", block.inputs, LANES).replace("restrict q)", "restrict q, long rows)", 1)
     if isinstance(block, Conv) and not block.by_tap:
         lanes = lanes_of(block.span)
         return _round_rows(name, block.target.channels, block.layer.kernel[0] * block.run, lanes)
@@ -187,7 +187,7 @@ def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
     return function(f"{name}(const real *restrict w, real *restrict q)", body)
 
 
-def _round_rows(name: str, rows: int, size: int, lanes: int) -> str:
+def _round_rows(name: str, rows: int | str, size: int, lanes: int) -> str:
     body = [f"for (long o = 0; o < {rows}; o++, w += {size}, q += {size}) {{", f"V{lanes} most = (V{lanes}){{0}};"]
     body.append(f"for (long i = 0; i < {size}; i += {lanes}) {{ V{lanes} t = magnitude{lanes}(load{lanes}(w + i));")
     body.append(f"most = pick{lanes}(t > most, t, most); }}")
@@ -210,14 +210,8 @@ def transposed(name: str, block: Conv) -> str:
 
 def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
     """``name(w, now, start, velocity, g, rule)``: the optimizer's step of ranges (offset, size) of the blob."""
-    body = []
-    for case, call in (
-        ("rule->plain", "plain16(w + i, now + i, load16(g + i), rule)"),
-        ("!rule->plain", "step16(w + i, now + i, start + i, velocity + i, load16(g + i), rule)"),
-    ):
-        body.append(f"if ({case}) {{")
-        body += [f"for (long i = {offset}; i < {offset + size}; i += {LANES}) {call};" for offset, size in ranges]
-        body.append("}")
+    blobs = ", ".join(f"{blob} + {{0}}" for blob in ("w", "now", "start", "velocity", "g"))
+    body = [f"steps({blobs.format(offset)}, {size}, rule);" for offset, size in ranges]
     head = "real *w, const real *now, const real *start, real *restrict velocity, const real *restrict g, const Rule *rule"
     return function(f"{name}({head})", body)
 

@@ -31,6 +31,11 @@ typedef int32_t word;
 
 #define INLINE static inline __attribute__((always_inline))
 #define KERNEL static __attribute__((noinline))
+#ifdef __clang__
+#define COLD __attribute__((minsize)) /* what memory or few calls hold up: as short as it goes */
+#else
+#define COLD
+#endif
 
 #define VECTORS(n)                                                                                                             \
     typedef real V##n __attribute__((vector_size(n * sizeof(real))));                                                          \
@@ -190,24 +195,35 @@ INLINE double logarithm(double x) {
     return 2 * s * p + (double)k * 0.6931471805599453094;
 }
 
-/* The rule of an optimizer step on one vector, from ``now`` to ``w``: torch.optim.SGD with FedProx's term. A client's first step
-   reads the start itself, so that nothing is copied before. */
+/* An optimizer's step: torch.optim.SGD with FedProx's term. */
 typedef struct {
     real rate, momentum, decay, proximal;
-    int plain; /* neither momentum nor decay nor proximal term */
+    int plain;      /* neither momentum nor decay nor proximal term */
+    int begin, end; /* a client's first step, for which now is the start and there is no velocity; its last, after which none is read */
 } Rule;
-
-INLINE void step16(real *w, const real *now, const real *start, real *velocity, V16 gradient, const Rule *rule) {
-    V16 x = load16(now);
-    gradient = gradient + rule->decay * x;
-    gradient = gradient + rule->proximal * (x - load16(start));
-    gradient = gradient + rule->momentum * load16(velocity);
-    store16(velocity, gradient);
-    store16(w, x - rule->rate * gradient);
-}
 
 INLINE void plain16(real *w, const real *now, V16 gradient, const Rule *rule) {
     store16(w, load16(now) - rule->rate * gradient);
+}
+
+/* The step of n neighbours from ``now`` to ``w``; memory is what it takes, so that nothing is read or written in vain. */
+COLD KERNEL void steps(
+    real *w, const real *now, const real *start, real *restrict velocity, const real *restrict g, long n, const Rule *rule
+) {
+    const int read = rule->momentum != 0 && !rule->begin, kept = rule->momentum != 0 && !rule->end;
+    const int near = rule->proximal != 0 && !rule->begin;
+    if (rule->plain) {
+        for (long i = 0; i < n; i += 16) plain16(w + i, now + i, load16(g + i), rule);
+        return;
+    }
+    for (long i = 0; i < n; i += 16) {
+        V16 x = load16(now + i), gradient = load16(g + i);
+        gradient = gradient + rule->decay * x;
+        if (near) gradient = gradient + rule->proximal * (x - load16(start + i));
+        if (read) gradient = gradient + rule->momentum * load16(velocity + i);
+        if (kept) store16(velocity + i, gradient);
+        store16(w + i, x - rule->rate * gradient);
+    }
 }
 
 /* What the caller hands over; the order of fields is known to the loader. */

@@ -39,9 +39,9 @@ def chunks(items: Sequence[T], most: int) -> list[Sequence[T]]:
     return [items[sum(sizes[:i]) : sum(sizes[: i + 1])] for i in range(len(sizes))]
 
 
-def function(head: str, body: Sequence[str]) -> str:
-    """A kernel of its own: not inlined, so that registers are allotted to it alone."""
-    return "\n".join([f"KERNEL void {head} {{", *(f"    {line}" for line in body), "}", ""])
+def function(head: str, body: Sequence[str], *, cold: bool = False) -> str:
+    """A kernel of its own: not inlined, so that registers are allotted to it alone; ``cold``: made short rather than quick."""
+    return "\n".join([f"{'COLD ' if cold else ''}KERNEL void {head} {{", *(f"    {line}" for line in body), "}", ""])
 
 
 def marks(block: Block) -> bool:

@@ -189,10 +189,12 @@ def revoke(
 
 @device.command(name="sign-step")
 def sign(
-    step: Annotated[Path, typer.Argument(help="The training step, an ONNX file from FLEET/steps.", metavar="STEP.onnx")],
+    step: Annotated[
+        Path, typer.Argument(help="The training step or evaluation graph, an ONNX file from FLEET/steps.", metavar="STEP.onnx")
+    ],
     key: Annotated[Path, typer.Option(help="The publisher's private key.", metavar="FILE")],
 ) -> None:
-    """Sign a training step as the publisher, after having judged it; the signature lies beside it, with the ending .sig."""
+    """Sign a training step or an evaluation graph as the publisher, who has judged it; the signature lies beside it, as .sig."""
     with clear_errors():
         from fedcore.portable.signature import sign_step
         from fedcore.secagg.keys import read_signing_key

@@ -151,3 +151,13 @@ def test_a_disk_that_fills_up_leaves_the_last_commit(tmp_path, limit, values, te
     assert [entry["round"] for entry in store.metrics()] == [1]
     store.commit(checkpoint(2), metrics(2), keep=2)
     assert same(store.latest(), checkpoint(2))
+
+
+def test_clients_keep_the_numbers_that_their_names_were_given(tmp_path):
+    store = RunStore(tmp_path)
+    assert store.numbers(["b", "a", "b"]) == [0, 1, 0]
+    assert store.numbers([]) == []
+    store.close()
+    store = RunStore(tmp_path)
+    assert store.numbers(["c", "a", "b"]) == [2, 1, 0]
+    store.close()

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from fedcore.errors import Refused
 
-__all__ = ["Conditions", "Environment", "LinuxEnvironment", "hardware_name"]
+__all__ = ["Conditions", "Environment", "LinuxEnvironment", "energy_used", "hardware_name"]
 
 _BUSY = 0.5  # load of a core, in the last minute, above which somebody uses the device
 _OTHERS = ("wwan", "ppp", "wwp", "usb", "rmnet")  # beginnings of names of interfaces that are paid by the byte
@@ -117,6 +117,15 @@ class LinuxEnvironment:
 def hardware_name(root: Path = Path("/")) -> str:
     """What the machine is called, as "Raspberry Pi 4 Model B Rev 1.4"; its architecture where it has no name."""
     return (_text(root / "proc/device-tree/model").strip("\x00") or platform.machine())[:64]
+
+
+def energy_used(root: Path = Path("/")) -> float | None:
+    """Joules that the machine has used since some moment, by its processors' counters or its board's meters; None where it has none
+    that may be read. Counters begin anew now and then: a difference below 0 says nothing."""
+    for pattern in ("sys/class/powercap/*:[0-9]/energy_uj", "sys/class/hwmon/hwmon*/energy*_input"):
+        if found := [int(text) for path in sorted(root.glob(pattern)) if (text := _text(path)).isdigit()]:
+            return sum(found) / 1e6
+    return None
 
 
 def _text(path: Path) -> str:

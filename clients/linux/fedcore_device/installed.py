@@ -28,13 +28,14 @@ _KEPT = 3  # trials: of both slots, and of one that was found unfit
 @dataclass(frozen=True)
 class Trial:
     """What a release's self-test showed on this device: the share of the batch that the worst of its files labels otherwise than
-    expected (None without a batch), milliseconds of one example, the most memory that the process held, and the bytes that each
-    file, by its SHA-256, takes when it is loaded."""
+    expected (None without a batch), milliseconds of one example, the most memory that the process held, the bytes that each file,
+    by its SHA-256, takes when it is loaded, and joules of one example (None where nothing measures them)."""
 
     disagreement: float | None = None
     p95_ms: float = 0.0
     peak_bytes: int = 0
     loaded_bytes: Mapping[str, int] = field(default_factory=dict)
+    joules: float | None = None
 
 
 def model_directory(directory: Path, model: str) -> Path:

@@ -204,7 +204,8 @@ class Runtime:
             raise Refused(f"release {release.version} of {model} has no file for {' or '.join(usable) or 'any runtime here'}")
         order = {tier: place for place, tier in enumerate(self._tiers)}
         tiers = sorted(by_tier, key=lambda tier: (order.get(tier, len(order)), -by_tier[tier][1].size))
-        return by_tier[tiers[1 if len(tiers) > 1 and self._watch.strained() else 0]]
+        strained = self._watch.strained()
+        return by_tier[tiers[1 if strained and len(tiers) > 1 else 0]]
 
     def _load(self, model: str, release: Release, name: str, artefact: Artefact) -> Loaded:
         """Open a file, and make room for it.
@@ -229,7 +230,7 @@ class Runtime:
             opened = self._open(place, path, runtime, artefact.digest, health)
         size = max(expected, _resident() - before)
         self._make_room(model, size)
-        health.add(highest={"peak_bytes": size, "decicelsius": max(0, int(10 * (self._watch.celsius or 0)))})
+        health.add(highest={"peak_bytes": size})
         loaded = Loaded(model, release.version, name, artefact.digest, size, opened, health)
         with self._lock:
             self._serve(loaded)
@@ -297,7 +298,8 @@ class Runtime:
                         del self._loaded[loaded.model, loaded.digest]
                 loaded = self._take(loaded.model)
                 continue
-            loaded.health.add(1e6 * (time.perf_counter() - began) / len(batch), calls=1)
+            warm = {"decicelsius": max(0, round(10 * (self._watch.celsius or 0)))}
+            loaded.health.add(1e6 * (time.perf_counter() - began) / len(batch), warm, calls=1)
             return logits, loaded
 
 

@@ -15,12 +15,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import FedcoreError, Refused, TryAgain
+from fedcore_device.environment import energy_used
 from fedcore_device.installed import Trial
 from fedcore_device.sandbox import confine
 from fedcore_device.state import write_durably
@@ -29,6 +30,7 @@ __all__ = ["Bounds", "self_test"]
 
 _TURN = 0.05  # seconds between two looks at the child
 _SINGLES = 40  # examples that are timed one by one
+_MEASURED = 0.5  # seconds of runs whose energy is measured
 _RESERVED = 1 << 30  # address space: stacks and arenas are most of it, and cost nothing
 _PASSING = {signal.SIGKILL, signal.SIGTERM}  # the system's doing, or a person's: no finding about the release
 
@@ -59,7 +61,7 @@ def self_test(files: Mapping[str, Path], batch: Path | None, bounds: Bounds) -> 
         told = _in_child(Path(folder), job, bounds)
     trial = Trial(
         told["disagreement"], told["p95_ms"], told["peak_bytes"],
-        {files[name].name: size for name, size in told["loaded_bytes"].items()},
+        {files[name].name: size for name, size in told["loaded_bytes"].items()}, told["joules"],
     )  # fmt: skip
     _judge(trial, bounds)
     return trial
@@ -151,7 +153,7 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
         default_delegates(runtime)  # libraries are imported before memory is limited, and are not counted as the model's
     os.nice(5)
     confine(memory=job["memory"], seconds=job["seconds"])
-    opened, loaded, times, wrong = [], {}, [], []
+    opened, loaded, times, wrong, joules = [], {}, [], [], []
     for name, path in job["files"].items():
         before = _resident("self")
         one = open_artefact(Path(path), name.partition("/")[2])
@@ -163,6 +165,8 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
             began = time.perf_counter()
             one.logits(example)
             times.append(1000 * (time.perf_counter() - began))
+        if (energy := _joules(lambda one=one, x=x: one.logits(x[:1]))) is not None:  # type: ignore[misc]
+            joules.append(energy)
         logits = one.logits(x)
         if not np.isfinite(logits).all():
             raise Refused(f"{name} gives logits that are not finite")
@@ -170,8 +174,20 @@ def _measure(job: Mapping[str, Any]) -> dict[str, Any]:
             wrong.append(float((logits.argmax(1) != y).mean()))
     return {
         "disagreement": max(wrong) if wrong else None, "p95_ms": float(np.quantile(times, 0.95)), "peak_bytes": _peak(),
-        "loaded_bytes": loaded,
+        "loaded_bytes": loaded, "joules": max(joules) if joules else None,
     }  # fmt: skip
+
+
+def _joules(run: Callable[[], Any]) -> float | None:
+    """Joules of one run, the machine's own consumption meanwhile included; None where nothing measures them."""
+    before, began, runs = energy_used(), time.monotonic(), 0
+    if before is None:
+        return None
+    while time.monotonic() < began + _MEASURED:
+        run()
+        runs += 1
+    after = energy_used()
+    return (after - before) / runs if after is not None and after > before else None
 
 
 def _batch(path: str, shape: tuple[int, ...]) -> tuple[Any, Any]:

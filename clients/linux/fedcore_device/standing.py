@@ -70,8 +70,8 @@ def signals_of(trial: Trial | None, health: Health) -> dict[str, float]:
     found: dict[str, float] = {"errors": 0.0, "crash": 0.0}
     if trial is not None:
         found |= {"p95_ms": trial.p95_ms, "peak_bytes": float(trial.peak_bytes)}
-        if trial.disagreement is not None:
-            found["disagreement"] = trial.disagreement
+        optional = {"disagreement": trial.disagreement, "joules": trial.joules}
+        found |= {name: value for name, value in optional.items() if value is not None}
     seen = health.signals()
     if "peak_bytes" in seen and "peak_bytes" in found:
         seen["peak_bytes"] = max(seen["peak_bytes"], found["peak_bytes"])

@@ -280,3 +280,14 @@ class TestSecondOpinion:
             server.shutdown()
         assert [one[2] for one in found] == [2, 0, 0]
         assert seen == [("/ask?v=1&model=digits", (2, 1))] * 3, "a redirect is not followed"
+
+
+def test_the_highest_temperature_is_noted_also_with_one_tier(tmp_path):
+    data, x = written()
+    place, around = put(tmp_path, 1, {"flagship/onnx": data}), Around(temperature=38.25)
+    one = Runtime(tmp_path, environment=around)
+    one._watch._every = 0.0
+    for celsius in (38.25, 44.0, 41.0):
+        around.found = Conditions(temperature=celsius)
+        one.predict("digits", x)
+    assert read_health(health_path(place, 1)).signals()["celsius"] == 44.0

@@ -129,3 +129,30 @@ def test_no_child_outlives_an_agent_that_is_interrupted(files, tmp_path, monkeyp
     assert started[0].returncode is not None
     with pytest.raises(ProcessLookupError):
         os.kill(started[0].pid, 0)
+
+
+def test_energy_is_measured_where_something_measures_it(tmp_path, monkeypatch):
+    from fedcore_device.environment import energy_used
+    from fedcore_device.installed import Trial
+    from fedcore_device.runtime_health import Health
+    from fedcore_device.standing import signals_of
+
+    assert energy_used(tmp_path) is None
+    meter = tmp_path / "sys" / "class" / "hwmon" / "hwmon3"
+    meter.mkdir(parents=True)
+    (meter / "energy1_input").write_text("1500000\n")
+    (meter / "energy2_input").write_text("500000\n")
+    assert energy_used(tmp_path) == 2.0
+    for number, used in ((0, 1_000_000), (1, 3_000_000)):
+        package = tmp_path / "sys" / "class" / "powercap" / f"intel-rapl:{number}"
+        (package / f"intel-rapl:{number}:0").mkdir(parents=True)
+        (package / "energy_uj").write_text(str(used))
+    assert energy_used(tmp_path) == 4.0, "the processors' own counters, and nothing of them twice"
+    monkeypatch.setattr(fedcore_device.self_test, "_MEASURED", 0.02)
+    counter, runs = iter([100.0, 103.0, 50.0, 10.0, None]), []
+    monkeypatch.setattr(fedcore_device.self_test, "energy_used", lambda: next(counter))
+    assert fedcore_device.self_test._joules(lambda: runs.append(1)) == 3.0 / len(runs)
+    assert fedcore_device.self_test._joules(lambda: None) is None, "a counter that began anew"
+    assert fedcore_device.self_test._joules(lambda: None) is None
+    assert signals_of(Trial(0.0, 1.0, 5, {}, 0.25), Health())["joules"] == 0.25
+    assert "joules" not in signals_of(Trial(0.0, 1.0, 5, {}), Health())

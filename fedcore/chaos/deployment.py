@@ -266,7 +266,7 @@ class Deployment:
     def _add_replica(self, number: int) -> None:
         settings = json.loads((self.fleet / "gateway.json").read_text())
         file = self.fleet / f"replica-{number}.json"
-        file.write_text(json.dumps(settings | {"listen": free_address(), "signer": ""}))
+        file.write_text(json.dumps(settings | {"listen": free_address(), "signer": "", "metrics": ""}))
         part = self._add(f"replica-{number}", lambda: (sys.executable, "-m", "fedcore.gateway.process", str(file)))
         _until(lambda: bool(part.said()) or not part.running, "a gateway does not begin")
         if not part.said():

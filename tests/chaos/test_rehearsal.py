@@ -1,5 +1,6 @@
 """A federation that is beaten keeps its promises, and the check of them sees when one is broken."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,6 +8,8 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import threading
+import urllib.request
 
 import numpy as np
 import pytest
@@ -14,7 +17,7 @@ import safetensors.numpy
 from typer.testing import CliRunner
 
 from fedcore.chaos.check import _ledger, _read_run, check_run, check_secrets, known_rounds, secrets_of
-from fedcore.chaos.deployment import MARK, Deployment, Layout, left_behind
+from fedcore.chaos.deployment import MARK, Deployment, Layout, free_address, left_behind
 from fedcore.chaos.device import known_update
 from fedcore.chaos.faults import Faults
 from fedcore.chaos.journal import ACKNOWLEDGED, Entry, append, read_journal
@@ -47,10 +50,34 @@ name = "loop"
 """
 
 
-def layout(folder, rounds, devices=3, **values):
+class Watched(threading.Thread):
+    """Asks for the metrics again and again, as Prometheus does; the highest value of each series."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.address, self.highest, self.over = free_address(), {}, threading.Event()
+
+    def run(self):
+        while not self.over.wait(0.3):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{self.address}/metrics", timeout=5) as reply:
+                for line in reply.read().decode().splitlines():
+                    if not line.startswith("#"):
+                        name, _, value = line.rpartition(" ")
+                        self.highest[name] = max(float(value), self.highest.get(name, 0.0))
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.over.set()
+        self.join(30)
+
+
+def layout(folder, rounds, devices=3, more=(), **values):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "scenario.toml").write_text(SCENARIO.format(rounds=rounds))
-    serve = ("--devices", str(devices), "--minimum", str(least(devices)), "--over-selection", "1", "--window", "60")
+    serve = ("--devices", str(devices), "--minimum", str(least(devices)), "--over-selection", "1", "--window", "60", *more)
     return Layout(folder / "scenario.toml", devices=devices, serve=serve, **values)
 
 
@@ -70,7 +97,9 @@ def rehearsed(tmp_path_factory):
     quick = dataclasses.replace(MESSAGES, seconds=0.2)
     targets = ("gateway", "coordinator", "device-0")
     plan = Plan(SEED, ("kill", "network"), 1.0, 300.0, 3, targets=targets, work=0.3, messages=quick)
-    return beaten(tmp_path_factory.mktemp("short"), plan, 6, ahead=YEAR)
+    with Watched() as watched:
+        deployment, judged = beaten(tmp_path_factory.mktemp("short"), plan, 6, ahead=YEAR, more=("--metrics", watched.address))
+    return deployment, judged, watched.highest
 
 
 def found(folder, **changes):
@@ -84,7 +113,7 @@ def found(folder, **changes):
 
 
 def test_a_federation_that_is_beaten_keeps_its_promises(rehearsed):
-    deployment, judged = rehearsed
+    deployment, judged, _ = rehearsed
     assert {"kill gateway", "kill coordinator", "kill device"} <= set(judged.happened), judged.happened
     assert sum(times for name, times in judged.happened.items() if name.startswith(("wire", "message"))) > 3
     verdicts = {one.name: one.holds for one in judged.findings}
@@ -93,9 +122,21 @@ def test_a_federation_that_is_beaten_keeps_its_promises(rehearsed):
     assert not left_behind(deployment.name)
 
 
+def test_prometheus_sees_it_all(rehearsed):
+    _, _, seen = rehearsed
+    assert seen["fedcore_run_rounds_planned"] == 6
+    assert 1 <= seen["fedcore_run_rounds_committed"] <= 6
+    assert seen['fedcore_gateway_uploads_total{result="counted"}'] >= 3, "since the last time that the gateway began"
+    assert seen['fedcore_gateway_check_ins_total{answer="assignment"}'] >= 3
+    assert seen['fedcore_fleet_devices{standing="active"}'] == 3
+    assert seen['fedcore_fleet_agent_versions{version="chaos"}'] == 3
+    assert seen['fedcore_gateway_refusals_total{method="CheckIn",reason="clock"}'] >= 1, "two clocks are a year off"
+    assert seen["fedcore_round_cohort_devices"] == 3
+
+
 def test_the_sums_are_those_of_known_updates(rehearsed):
     """Once more without the gateway's own code: formula, weights and mean by hand."""
-    deployment, _ = rehearsed
+    deployment, _, _ = rehearsed
     folders = {json.loads((one / "device.json").read_text())["number"]: one for one in (deployment.folder / "devices").iterdir()}
     made = {}
     for number, folder in folders.items():
@@ -292,12 +333,18 @@ def test_one_of_two_gateways_is_killed_again_and_again_and_no_round_is_the_worse
 
 
 @pytest.mark.slow
-def test_a_store_that_forgot_an_old_round_says_so(tmp_path):
-    deployment, _ = beaten(tmp_path, Plan(24, (), 1.0, 0.0), 2, devices=2)
-    store = open_gateway_store(str(deployment.fleet / "store.sqlite"))
+def test_the_command_rehearses_and_a_store_that_forgot_an_old_round_says_so(tmp_path):
+    (tmp_path / "scenario.toml").write_text(SCENARIO.format(rounds=2))
+    command = ["chaos", "run", str(tmp_path / "scenario.toml"), "--out", str(tmp_path / "all"), "--devices", "2", "--json"]
+    done = CliRunner().invoke(app, [*command, "--faults", "network", "--seconds", "1", "--seed", "24"])
+    assert done.exit_code == 0, done.output
+    said = [json.loads(line) for line in done.output.splitlines()]
+    assert said[0] == {"event": "seed", "seed": 24}
+    assert {one["holds"] for one in said if one["event"] == "finding"} == {True, None}
+    store = open_gateway_store(str(tmp_path / "all" / "fleet" / "store.sqlite"))
     store.prune(4e9, 4e9)
     store.close()
-    verdicts = found(deployment.folder)
+    verdicts = found(tmp_path / "all")
     assert verdicts["no acknowledged upload lost"].holds is None
     assert "4 are of rounds that it has forgotten" in verdicts["no acknowledged upload lost"].text
     assert verdicts["the model is valid"].holds is True

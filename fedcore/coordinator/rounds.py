@@ -404,7 +404,9 @@ class Coordinator:
         checkpoint = self._store.latest()
         if checkpoint is None:
             return None
-        size, clients = self.layout.size, checkpoint.arrays["seen"].size if self._gathering else len(self.assembly.data.clients)
+        size, clients = self.layout.size, len(self.assembly.data.clients)
+        if not self._grid.simulated:  # more of them may have come
+            clients = checkpoint.arrays["seen"].size
         progress = self._call(
             "load_state_dict", lambda: from_checkpoint(checkpoint, self.strategy, self._origin, size, clients)
         )  # fmt: skip

@@ -31,7 +31,7 @@ NEON = Target("neon", ("-target", "aarch64-linux-musl", "-mcpu=generic"), 6)
 # libc's and the debugger's concern.
 COMMON = (
     "-std=gnu11", "-O3", "-g0", "-s", "-ffp-contract=on", "-fno-math-errno", "-fno-trapping-math", "-fno-sanitize=all",
-    "-fno-stack-protector", "-fvisibility=hidden", "-Wno-psabi",
+    "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
 SHARED = ("-fPIC", "-shared", "-nostdlib")
 FLAGS = (*COMMON, *SHARED)

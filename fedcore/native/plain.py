@@ -179,8 +179,9 @@ def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
     lanes, depth = lanes_of(block.target.channels), block.target.depth
     taps = block.taps if isinstance(block, Conv) else math.prod(block.layer.kernel)
     body = [f"for (long v = 0; v < {depth}; v += {lanes}) {{", f"V{lanes} peak = splat{lanes}(TINY * 127);"]
-    body.append(f"for (long k = 0; k < {taps * depth}; k += {depth}) {{ V{lanes} t = magnitude{lanes}(load{lanes}(w + k + v));")
-    body.append(f"peak = pick{lanes}(t > peak, t, peak); }}")
+    body.append(
+        f"for (long k = 0; k < {taps * depth}; k += {depth}) peak = larger{lanes}(peak, magnitude{lanes}(load{lanes}(w + k + v)));"
+    )
     body.append(f"const V{lanes} scale = peak / 127, inverse = 1 / scale;")
     body.append(f"for (long k = 0; k < {taps * depth}; k += {depth}) {{ V{lanes} t = load{lanes}(w + k + v) * inverse;")
     body += [f"t = round{lanes}(t); store{lanes}(q + k + v, t * scale); }}", "}"]
@@ -188,11 +189,22 @@ def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
 
 
 def _round_rows(name: str, rows: int | str, size: int, lanes: int) -> str:
-    body = [f"for (long o = 0; o < {rows}; o++, w += {size}, q += {size}) {{", f"V{lanes} most = (V{lanes}){{0}};"]
-    body.append(f"for (long i = 0; i < {size}; i += {lanes}) {{ V{lanes} t = magnitude{lanes}(load{lanes}(w + i));")
-    body.append(f"most = pick{lanes}(t > most, t, most); }}")
-    body += ["real peak = TINY * 127;", f"for (int c = 0; c < {lanes}; c++) peak = most[c] > peak ? most[c] : peak;"]
-    body.append("const real scale = peak / 127, inverse = 1 / scale;")
+    """Four maxima side by side: a row is as long as the comparisons that wait for each other."""
+    chains = min(4, size // lanes)
+    whole = size // (chains * lanes) * chains * lanes
+    body = [f"for (long o = 0; o < {rows}; o++, w += {size}, q += {size}) {{"]
+    body += [f"V{lanes} m{n} = (V{lanes}){{0}};" for n in range(chains)]
+    body.append(f"for (long i = 0; i < {whole}; i += {chains * lanes}) {{")
+    body += [f"m{n} = larger{lanes}(m{n}, magnitude{lanes}(load{lanes}(w + i + {n * lanes})));" for n in range(chains)]
+    body.append("}")
+    body += [f"m0 = larger{lanes}(m0, magnitude{lanes}(load{lanes}(w + {at})));" for at in range(whole, size, lanes)]
+    body += [f"m0 = larger{lanes}(m0, m{n});" for n in range(1, chains)]
+    half = lanes // 2
+    while half:
+        across = ", ".join(str((lane + half) % lanes) for lane in range(lanes))
+        body.append(f"m0 = larger{lanes}(m0, __builtin_shufflevector(m0, m0, {across}));")
+        half //= 2
+    body.append("const real peak = m0[0] > TINY * 127 ? m0[0] : TINY * 127, scale = peak / 127, inverse = 1 / scale;")
     body.append(f"for (long i = 0; i < {size}; i += {lanes}) {{ V{lanes} t = load{lanes}(w + i) * inverse;")
     body += [f"t = round{lanes}(t); store{lanes}(q + i, t * scale); }}", "}"]
     return function(f"{name}(const real *restrict w, real *restrict q)", body)
@@ -205,7 +217,7 @@ def transposed(name: str, block: Conv) -> str:
     body.append(f"for (long o = 0; o < {block.target.channels}; o++)")
     body.append(f"    t[((r * {kw} + s) * {inputs} + c) * {block.target.depth} + o] =")
     body.append(f"        w[o * {kh * block.run} + r * {block.run} + s * {source.depth} + c];")
-    return function(f"{name}(const real *restrict w, real *restrict t)", body)
+    return function(f"{name}(const real *restrict w, real *restrict t)", body, cold=True)
 
 
 def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
@@ -213,7 +225,7 @@ def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
     blobs = ", ".join(f"{blob} + {{0}}" for blob in ("w", "now", "start", "velocity", "g"))
     body = [f"steps({blobs.format(offset)}, {size}, rule);" for offset, size in ranges]
     head = "real *w, const real *now, const real *start, real *restrict velocity, const real *restrict g, const Rule *rule"
-    return function(f"{name}({head})", body)
+    return function(f"{name}({head})", body, cold=True)
 
 
 def merged(parameters: Sequence[Parameter]) -> list[tuple[int, int]]:
@@ -248,9 +260,9 @@ def travel(parameters: Sequence[Parameter]) -> str:
             else:
                 out.append(f"{loops} update[{there}] = w[{place}] - start[{place}];")
             at = end
-    begin = function("import_start(real *restrict blob, const real *restrict values)", into)
+    begin = function("import_start(real *restrict blob, const real *restrict values)", into, cold=True)
     public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
-    return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out)
+    return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out, cold=True)
 
 
 def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> tuple[str, str, str]:

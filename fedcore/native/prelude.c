@@ -17,6 +17,7 @@ typedef int64_t word;
 #define MANTISSA_BITS 52
 #define LEAST_EXPONENT -708
 #define ROOT __builtin_sqrt
+#define SIGN INT64_MIN
 #else
 typedef float real;
 typedef int32_t word;
@@ -26,6 +27,7 @@ typedef int32_t word;
 #define MANTISSA_BITS 23
 #define LEAST_EXPONENT -87
 #define ROOT __builtin_sqrtf
+#define SIGN INT32_MIN
 #endif
 #define HALF ((real)0.5)
 
@@ -51,7 +53,8 @@ typedef int32_t word;
     INLINE I##n bytes##n(const uint8_t *p) { return __builtin_convertvector(*(const A##n *)p, I##n); }                         \
     INLINE void store_bytes##n(uint8_t *p, I##n v) { *(A##n *)p = __builtin_convertvector(v, B##n); }                          \
     INLINE void store_words##n(word *p, I##n v) { *(J##n *)p = v; }                                                             \
-    INLINE V##n magnitude##n(V##n v) { return pick##n(v < 0, -v, v); }                                                         \
+    INLINE V##n magnitude##n(V##n v) { return (V##n)((I##n)v & ~SIGN); }                                                       \
+    INLINE V##n larger##n(V##n a, V##n b) { return pick##n(b > a, b, a); } /* a where b is nan */                              \
     INLINE V##n round##n(V##n v) {                                                                                             \
         _Pragma("clang fp contract(off)")                                                                                      \
         V##n up = v + MAGIC;                                                                                                   \
@@ -146,12 +149,6 @@ INLINE real sum16(V16 v) {
     V4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
     real c = b[0] + b[2], d = b[1] + b[3];
     return c + d;
-}
-
-INLINE real largest16(V16 v) {
-    real most = v[0];
-    for (int i = 1; i < 16; i++) most = v[i] > most ? v[i] : most;
-    return most;
 }
 
 /* exp(x) for x <= 0, zero below the smallest normal number: 2^k * e^r with |r| <= ln(2) / 2, Taylor's series to r^13. */

@@ -17,7 +17,7 @@ def test_every_method_begins_as_many_trainings_and_has_as_many_clients_at_work(f
     buffer, rounds = config.asynchronous.buffer, config.run.rounds
     begun = rounds * buffer + AT_ONCE if buffer else rounds * AT_ONCE
     assert 4160 - AT_ONCE < begun <= 4160
-    assert AT_ONCE == (config.asynchronous.concurrency or round(config.cohort.size * config.fleet.over_selection))
+    assert (config.asynchronous.concurrency or round(config.cohort.size * config.fleet.over_selection)) == AT_ONCE
     assert config.run.seed == 3
 
 

@@ -107,7 +107,7 @@ class Runtime:
                 normalised. normalised: it is already. probabilities: the softmax of the logits.
 
         Raises:
-            TryAgain: no release of the model is installed.
+            TryAgain: no release of the model is installed, or its file is damaged.
             Refused: ``x`` has another shape or type, or the model cannot be run; the line says which.
         """
         loaded = self._take(model)
@@ -153,6 +153,8 @@ class Runtime:
                 except Refused as error:
                     self._unusable[model, artefact.digest] = str(error)
                     return self._instead(model, error)
+                except TryAgain as error:
+                    return self._instead(model, error)
         raise TryAgain(f"{model}: its installation changes all the time; try again")
 
     def _held(self, model: str, digest: str) -> Loaded | None:
@@ -166,7 +168,7 @@ class Runtime:
             self._serve(loaded)
             return loaded
 
-    def _instead(self, model: str, error: Refused) -> Loaded:
+    def _instead(self, model: str, error: FedcoreError) -> Loaded:
         """The model that ran before one that cannot be opened, as long as it is in memory."""
         with self._lock:
             for (name, digest), loaded in self._loaded.items():
@@ -212,13 +214,13 @@ class Runtime:
 
         Raises:
             FileNotFoundError: it is not there any more.
-            Refused: it is damaged, cannot be opened, or is larger than the limit.
+            TryAgain: it is damaged. Refused: it cannot be opened, or is larger than the limit.
         """
         place = model_directory(self._directory, model)
         path = place / "files" / artefact.digest
         with path.open("rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != artefact.digest:
-                raise Refused(f"{model}: {name} of release {release.version} is damaged; the agent installs it anew")
+                raise TryAgain(f"{model}: {name} of release {release.version} is damaged; the agent fetches it anew")
         trial = read_trials(place).get(release.version)
         expected = max(artefact.size, trial.loaded_bytes.get(artefact.digest, 0) if trial else 0)
         self._make_room(model, expected)

@@ -130,7 +130,10 @@ class Updater:
     def _begin(self, model: str, place: Path) -> None:
         """Once for each start of the agent: a release that never gets well gives way to the one before."""
         if model not in self._started and place.exists():
-            with Store(place, self._disk) as store:
+            with (
+                Store(place, self._disk) as store,
+                contextlib.suppress(Refused),
+            ):  # nothing to go back to: fetched anew, see `_update`
                 store.start()
             self._started.add(model)
 
@@ -173,7 +176,9 @@ class Updater:
         rollouts = {**known.rollouts, str(assigned.version): assigned.rollout}
         newest = sorted(rollouts, key=int)[-_ROLLOUTS:]
         self._keep(model, sequence=assigned.sequence, rollouts={version: rollouts[version] for version in newest})
-        if assigned.version <= store.pointer.highest:
+        current = store.pointer.current
+        damaged = current is not None and not all(store.holds(one.digest) for one in current.files.values())
+        if assigned.version <= store.pointer.highest and not (damaged and current and assigned.version == current.version):
             return  # what it has, or what it will not go back to
         if assigned.version < self._policy.updates.minimum_version:
             raise Refused(f"release {assigned.version} is below [updates] minimum_version = {self._policy.updates.minimum_version}")
@@ -203,6 +208,9 @@ class Updater:
                 still_good(assigned, catalogue.digest(model, assigned.version), clock())
 
             recheck()
+            if store.pointer.current is not None and store.pointer.current.version == assigned.version:
+                self._repair(store, client, catalogue)
+                return
             wanted = self._wanted(catalogue, model, assigned.version)
             install(
                 store, client, catalogue, model, assigned.version, wanted,
@@ -211,6 +219,20 @@ class Updater:
         self._drop_health(place, store.pointer)
         _LOG.info("release %d of %s is installed, after %s", assigned.version, model, before.version if before else "none")
         self._keep(model, switched=self._environment.clock(), due=0.0)  # how it was is told at once
+
+    def _repair(self, store: Store, client: Any, catalogue: Any) -> None:
+        """Fetch what is damaged of the current release anew.
+
+        Raises:
+            Refused: the repository does not have it any more. TryAgain: not now.
+        """
+        from fedcore.registry.install import obtain
+
+        offered = {entry.digest.hex(): entry for entry in catalogue.entries}
+        for name, one in (store.pointer.current.files if store.pointer.current else {}).items():
+            if one.digest not in offered:
+                raise Refused(f"{name} is damaged, and the repository does not offer it any more")
+            obtain(store, client, catalogue, offered[one.digest], _DOWNLOAD)
 
     def _wanted(self, catalogue: Any, model: str, version: int) -> list[tuple[str, str]]:
         """The device's own tier and the lower ones, which run when it is hot; all where the owner names no tier.

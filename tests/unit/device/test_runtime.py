@@ -147,8 +147,14 @@ def test_a_damaged_file_is_refused_and_the_model_before_goes_on(tmp_path):
             path.write_bytes(new[:-1])
     for _ in range(2):
         np.testing.assert_array_equal(one.predict("digits", x), expected("onnx", old, x))
-    with pytest.raises(Refused, match="release 2 is damaged"):
-        made(tmp_path).predict("digits", x)
+    fresh = made(tmp_path)
+    with pytest.raises(TryAgain, match="release 2 is damaged"):
+        fresh.predict("digits", x)
+    for path in (place / "files").iterdir():
+        if path.read_bytes() == new[:-1]:
+            path.write_bytes(new)
+    for repaired in (fresh, one):
+        np.testing.assert_array_equal(repaired.predict("digits", x), expected("onnx", new, x))
 
 
 def test_the_least_recently_used_model_goes_when_memory_is_short(tmp_path):

@@ -514,6 +514,25 @@ def test_two_agents_in_one_directory(device):
     assert not device.step()
 
 
+def test_a_damaged_file_of_the_only_release_is_fetched_anew(device, tried):
+    files = sorted((device.place / "files").iterdir())
+    files[0].write_bytes(b"rotten")
+    device.restarted()
+    asked = len(device.repository.asked)
+    assert not device.step()
+    assert device.runs() == 1
+    assert len([name for name, _ in device.repository.asked[asked:] if name.startswith("targets/")]) == 1
+    assert len(tried["files"]) == 1, "it was tried when it was installed"
+    assert not device.step()
+    files[0].write_bytes(b"rotten")
+    device.repository.releases.targets.clear()
+    device.repository.offer(2)
+    assert "no release 1 of digits" in device.step(), "and nothing is broken further"
+    device.gateway.wanted = 2
+    assert not device.step()
+    assert device.runs() == 2
+
+
 def test_several_models_and_one_that_fails(tmp_path, tried):
     one = Device(tmp_path, models=("digits", "letters"))
     one.repository.offer(1, model="letters")

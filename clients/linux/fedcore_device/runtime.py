@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import logging
 import os
 import threading
@@ -27,16 +26,15 @@ from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.registry.slots import POINTER, Artefact, Release, read_pointer
 from fedcore_device.environment import Environment, LinuxEnvironment
 from fedcore_device.installed import TIERS, health_path, model_directory, read_trials
-from fedcore_device.runtime_artefact import CPU, Opened, default_delegates, open_artefact, usable_runtimes
+from fedcore_device.runtime_artefact import CPU, Opened, default_delegates, usable_runtimes
+from fedcore_device.runtime_delegates import finite, give_up_delegate, one_line, open_through
 from fedcore_device.runtime_health import HealthFile
 from fedcore_device.runtime_server import Ask, SecondOpinion, ask_url, softmax
 from fedcore_device.runtime_tier import Strain, StrainWatch
-from fedcore_device.state import write_durably
 
 __all__ = ["Loaded", "Runtime"]
 
 _LOG = logging.getLogger(__name__)
-_DELEGATES = "delegates.json"
 _TRIES = 5  # looks at a pointer that changes while its files are opened
 
 Floats = npt.NDArray[np.float32]
@@ -226,10 +224,11 @@ class Runtime:
         self._make_room(model, expected)
         health = HealthFile(health_path(place, release.version))
         runtime = name.partition("/")[2]
-        default_delegates(runtime)  # imports the runtime, which is not the model's memory
+        usual = default_delegates(runtime)  # imports the runtime, which is not the model's memory
+        delegates = self._delegates.get(runtime, usual)
         before = _resident()
         with health.loading():
-            opened = self._open(place, path, runtime, artefact.digest, health)
+            opened = open_through(place, path, runtime, delegates, self._threads_each, health)
         size = max(expected, _resident() - before)
         self._make_room(model, size)
         health.add(highest={"peak_bytes": size})
@@ -260,41 +259,19 @@ class Runtime:
             while self._loaded and sum(one.bytes for one in self._loaded.values()) + size > self._memory:
                 self._loaded.popitem(last=False)
 
-    def _open(self, place: Path, path: Path, runtime: str, digest: str, health: HealthFile) -> Opened:
-        """Through the first delegate that opens the file and runs an example; those that failed once are not tried again."""
-        chain = (*(one for one in self._delegates.get(runtime, default_delegates(runtime)) if one != CPU), CPU)
-        for delegate in chain:
-            if delegate == CPU:
-                return _tried(open_artefact(path, runtime, CPU, self._threads_each))
-            if delegate in _failed(place, digest):
-                continue
-            # Written before it is tried: a driver that takes the process with it is not tried by the next one.
-            _remember(place, digest, delegate, "a process did not survive it")
-            try:
-                opened = _tried(open_artefact(path, runtime, delegate, self._threads_each))
-            except Refused as error:
-                _remember(place, digest, delegate, str(error))
-                health.add(delegate_failures=1)
-                _LOG.warning("%s; the next delegate is tried", error)
-                continue
-            _remember(place, digest, delegate, "")
-            return opened
-        raise Refused(f"{path.name[:16]}: no delegate is left")  # the CPU is always the last one
-
     def _run(self, loaded: Loaded, batch: Floats) -> tuple[Floats, Loaded]:
         """Logits, and what gave them: a delegate that fails gives way to the next one for good."""
         while True:
             began = time.perf_counter()
             try:
-                logits = _finite(loaded.opened.logits(batch))
+                logits = finite(loaded.opened.logits(batch))
             except Exception as error:  # whatever a runtime or a driver says
                 place, delegate = model_directory(self._directory, loaded.model), loaded.opened.delegate
                 if delegate == CPU:
                     loaded.health.add(calls=1, errors=1)
-                    raise Refused(f"{loaded.model}: release {loaded.version} cannot be run: {_line(error)}") from error
-                _remember(place, loaded.digest, delegate, f"it failed at a run: {_line(error)}")
-                loaded.health.add(delegate_failures=1)
-                _LOG.warning("%s on %s failed at a run (%s); the next delegate is tried", loaded.model, delegate, _line(error))
+                    raise Refused(f"{loaded.model}: release {loaded.version} cannot be run: {one_line(error)}") from error
+                why = f"{delegate} failed at a run: {one_line(error)}"
+                give_up_delegate(place, loaded.digest, delegate, why, loaded.health)
                 with self._lock:
                     if self._loaded.get((loaded.model, loaded.digest)) is loaded:
                         del self._loaded[loaded.model, loaded.digest]
@@ -326,54 +303,8 @@ def _normal(x: Floats, opened: Opened) -> Floats:
     return np.asarray((x - mean) / std)
 
 
-def _tried(opened: Opened) -> Opened:
-    """The same, after one example of zeros: memory is taken, and a delegate shows that it can.
-
-    Raises:
-        Refused: it cannot, or the model's own words about its input do not fit it.
-    """
-    facts = opened.facts
-    if any(len(values) not in (1, opened.shape[0]) for values in (facts.mean, facts.std)) or 0.0 in facts.std:
-        raise Refused(f"{opened.delegate}: the release's mean and deviation do not fit {opened.shape[0]} channels")
-    try:
-        _finite(opened.logits(np.zeros((1, *opened.shape), np.float32)))
-    except Exception as error:  # whatever a runtime or a driver says
-        raise Refused(f"{opened.delegate} cannot run it: {_line(error)}") from error
-    return opened
-
-
-def _finite(logits: Floats) -> Floats:
-    if not np.isfinite(logits).all():
-        raise Refused("its logits are not finite")
-    return logits
-
-
-def _failed(place: Path, digest: str) -> dict[str, str]:
-    """Delegates that failed for a file, and why."""
-    try:
-        return dict(json.loads((place / _DELEGATES).read_bytes()).get(digest, {}))
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-
-
-def _remember(place: Path, digest: str, delegate: str, reason: str) -> None:
-    """Keep why a delegate failed for a file, of which there are two at most; an empty reason takes it back."""
-    files = {path.name for path in (place / "files").iterdir()}
-    try:
-        known = {name: dict(held) for name, held in json.loads((place / _DELEGATES).read_bytes()).items() if name in files}
-    except (OSError, ValueError, AttributeError, TypeError):
-        known = {}
-    known[digest] = {name: why for name, why in (known.get(digest, {}) | {delegate: reason}).items() if why}
-    with contextlib.suppress(FedcoreError):  # a full disk: it is tried again by the next process
-        write_durably(place / _DELEGATES, json.dumps(known).encode())
-
-
 def _resident() -> int:
     """Bytes of this process that are in memory."""
     with contextlib.suppress(OSError, IndexError, ValueError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     return 0
-
-
-def _line(error: Exception) -> str:
-    return str(error) if isinstance(error, FedcoreError) else " ".join(f"{type(error).__name__}: {error}".split())[:200]

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import fedcore_device.runtime
+import fedcore_device.runtime_delegates
 import numpy as np
 import pytest
 from device_releases import LABELS, Around, expected, put, rows, written
@@ -229,7 +230,7 @@ def test_a_delegate_that_fails_gives_way_to_the_cpu_and_is_remembered(tmp_path, 
     data, x = written()
     place = put(tmp_path, 1, {"flagship/onnx": data})
     opening, opened = flaky(after, how)
-    monkeypatch.setattr(fedcore_device.runtime, "open_artefact", opening)
+    monkeypatch.setattr(fedcore_device.runtime_delegates, "open_artefact", opening)
     options = {"delegates": {"onnx": ("NpuExecutionProvider", CPU)}}
     one = made(tmp_path, **options)
     for _ in range(4):
@@ -250,10 +251,11 @@ def test_a_delegate_that_fails_gives_way_to_the_cpu_and_is_remembered(tmp_path, 
 def test_a_driver_that_kills_the_process_is_not_tried_by_the_next_one(tmp_path):
     put(tmp_path, 1, {"flagship/onnx": written()[0]})
     code = """
-import os, sys, numpy as np, fedcore_device.runtime as runtime
+import os, sys, numpy as np, fedcore_device.runtime_delegates as runtime
+from fedcore_device import Runtime
 inner = runtime.open_artefact
 runtime.open_artefact = lambda path, kind, delegate, threads: inner(path, kind, delegate) if delegate == "cpu" else os.abort()
-one = runtime.Runtime(sys.argv[1], delegates={"onnx": ("Bad", "cpu")})
+one = Runtime(sys.argv[1], delegates={"onnx": ("Bad", "cpu")})
 print(one.predict("digits", np.zeros((1, 8, 8))).shape)
 """
     first, second = (_run(code, tmp_path) for _ in range(2))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -54,6 +56,7 @@ def serve(
         list[Path] | None, typer.Option(help="Its online keys, to take back what is aborted and to renew.", metavar="DIR")
     ] = None,
     release_every: Annotated[float, typer.Option(help="Seconds in which devices ask for their release.", min=0.5)] = 1800.0,
+    stay: Annotated[bool, typer.Option("--stay", help="After the last round go on serving releases, until Ctrl-C.")] = False,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a key.")] = None,
     as_json: Json = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
@@ -69,7 +72,7 @@ def serve(
         from fedcore.coordinator.fleet import FleetFolder, ServedGateway
         from fedcore.coordinator.release_service import attended, pin_root, place_and_keys
         from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee, shown
-        from fedcore.display import follow, human_bytes
+        from fedcore.display import follow
         from fedcore.state.gateway import open_gateway_store
 
         config = load_config(scenario, overrides or [])
@@ -95,18 +98,33 @@ def serve(
                 with DeviceRun(config, directory, folder, where, choice, resume=resume) as run:
                     follow(run, console, as_json=as_json)
                     result = run.finish()
+                _show_result(result, directory, as_json=as_json)
+                if stay:
+                    _rest()
         except KeyboardInterrupt:
             begun = (directory / "config.toml").exists()
             command = shlex.join(["fedcore", "serve", str(scenario), "--fleet", str(fleet), "--out", str(directory), "--resume"])
             print(f"\ninterrupted; {f'continue with: {command}' if begun else 'nothing was begun'}", file=sys.stderr, flush=True)
             raise typer.Exit(_INTERRUPTED) from None
+
+
+def _show_result(result: dict[str, Any], directory: Path, *, as_json: bool) -> None:
+    from fedcore.display import human_bytes
+
     if as_json:
-        print(json.dumps({"event": "result", "directory": str(directory), **result}))
-    else:
-        size = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in result["model_bytes"].items())
-        console.print(f"accuracy {result['accuracy']:.4f}; model {size}; {directory / 'report.html'}", highlight=False)
-        if "release" in result:
-            console.print(result["release"], highlight=False, soft_wrap=True)
+        print(json.dumps({"event": "result", "directory": str(directory), **result}), flush=True)
+        return
+    console = new_console()
+    size = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in result["model_bytes"].items())
+    console.print(f"accuracy {result['accuracy']:.4f}; model {size}; {directory / 'report.html'}", highlight=False)
+    if "release" in result:
+        console.print(result["release"], highlight=False, soft_wrap=True)
+
+
+def _rest() -> None:
+    """Until Ctrl-C or SIGTERM, which end what has nothing left to lose."""
+    with contextlib.suppress(KeyboardInterrupt):
+        threading.Event().wait()
 
 
 @device.command()

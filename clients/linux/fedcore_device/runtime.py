@@ -91,6 +91,7 @@ class Runtime:
         self._loading, self._lock = threading.Lock(), threading.Lock()
         self._loaded: OrderedDict[tuple[str, str], Loaded] = OrderedDict()  # by model and digest, the last one used at the end
         self._seen: dict[str, _Seen] = {}
+        self._pointers: dict[str, str] = {}  # paths by model
         self._serving: dict[str, tuple[int, str]] = {}  # version and digest by model, as of the last call
         self._unusable: dict[tuple[str, str], str] = {}  # files that could not be opened, and why
         self._process = os.getpid()
@@ -177,15 +178,17 @@ class Runtime:
 
     def _release(self, model: str) -> Release:
         """The installed release, read again where its file changed."""
-        place = model_directory(self._directory, model)
+        path = self._pointers.get(model)
+        if path is None:
+            path = self._pointers[model] = str(model_directory(self._directory, model) / POINTER)
         try:
-            found = (place / POINTER).stat()
+            found = os.stat(path)  # noqa: PTH116 - at every call: a path object takes as long as the question
         except OSError:
             raise TryAgain(f"no release of {model} is installed in {self._directory}; fedcore-device status says more") from None
         signature = (found.st_mtime_ns, found.st_ino, found.st_size)
         seen = self._seen.get(model)
         if seen is None or seen.signature != signature:
-            release = read_pointer(place).current
+            release = read_pointer(Path(path).parent).current
             if release is None:
                 raise TryAgain(f"no release of {model} is installed in {self._directory}; fedcore-device status says more")
             seen = self._seen[model] = _Seen(signature, release)

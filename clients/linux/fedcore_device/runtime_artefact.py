@@ -6,6 +6,7 @@ knows which one runs. What the model wants to be fed (mean, deviation, labels) s
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import threading
@@ -44,6 +45,7 @@ class Opened:
     logits: Callable[[Floats], Floats]
 
 
+@functools.cache
 def usable_runtimes() -> tuple[str, ...]:
     """Those of `RUNTIMES` whose package is installed, the preferred one first."""
     return tuple(name for name, package in RUNTIMES.items() if importlib.util.find_spec(package) is not None)

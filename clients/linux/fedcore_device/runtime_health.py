@@ -16,6 +16,7 @@ import mmap
 import os
 import struct
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,7 +135,7 @@ class HealthFile:
         except OSError:
             os.close(handle)
             raise
-        self._lock = handle
+        self._lock, self._closing = handle, weakref.finalize(self, os.close, handle)
 
     @contextlib.contextmanager
     def _held(self) -> Iterator[memoryview | None]:
@@ -155,7 +156,7 @@ class HealthFile:
             if self._map is not None:
                 self._map.close()
                 self._map = None
-                os.close(self._lock)
+                self._closing()
 
 
 @contextlib.contextmanager

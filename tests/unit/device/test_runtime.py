@@ -1,5 +1,6 @@
 """The runtime for apps: the exporters' own answers, what it refuses, what it loads and lets go, and what goes wrong around it."""
 
+import gc
 import json
 import os
 import subprocess
@@ -188,6 +189,18 @@ def test_a_model_that_is_larger_than_the_limit(tmp_path):
     put(tmp_path, 1, {"flagship/onnx": data})
     with pytest.raises(Refused, match=r"digits takes \d+ bytes of memory; the limit of this Runtime is 1000"):
         made(tmp_path, memory=1000).predict("digits", x)
+
+
+def test_models_that_come_and_go_leave_no_open_file(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    one, counts = made(tmp_path), []
+    for _ in range(6):
+        one.predict("digits", x)
+        one.close()
+        gc.collect()
+        counts.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert counts[-1] == counts[1]
 
 
 def test_what_a_model_takes_is_measured_where_no_trial_did(tmp_path, monkeypatch):

@@ -183,6 +183,15 @@ def test_an_evaluation_asks_devices_that_evaluate_and_no_others(world):
     assert (one.task, one.number, list(plan.capabilities)) == ("run/evaluate", 3, ["evaluate-1"])
 
 
+def test_an_evaluation_that_a_dead_coordinator_was_gathering_holds_no_device(world):
+    grid, devices = world(numbered)
+    grid.gather(MessageType.EVALUATE, 7, ())  # and dies
+    again, _ = world(numbered)
+    assert len(again.gather(MessageType.TRAIN, 7, ())) == 4
+    states = {one.task: one.state for one in rounds_in(devices)}
+    assert states == {"run/evaluate": RoundState.CLOSED, "run": RoundState.FORMING}
+
+
 def rounds_in(devices):
     store = open_gateway_store(devices.where)
     found = [store.round(key) for key in store.rounds()]

@@ -186,7 +186,7 @@ def served(folder: Path, every: float) -> Iterator[tuple[FleetFolder, Registry, 
 def demonstrate(folder: Path, count: int, console: Console, *, short: bool) -> dict[str, Any]:
     """The releases over device processes; what came of them."""
     rounds, canary = (3, 6), 0.4
-    shape = Shape((canary,), 1 - canary, corrupt=0.0, budgets={"p95_ms": 60.0})
+    shape = Shape((canary,), 1 - canary, corrupt=0.0, budgets={"p95_ms": 5.0})
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
     with served(folder, 1.0) as (fleet, registry, address):
         deployment = Deployment.of(fleet.directory)

@@ -28,10 +28,11 @@ AVX512 = Target("avx512", (*_X86, "-mcpu=x86_64_v4", "-mprefer-vector-width=512"
 AVX2 = Target("avx2", (*_X86, "-mcpu=x86_64_v3"), 6)
 NEON = Target("neon", ("-target", "aarch64-linux-musl", "-mcpu=generic"), 6)
 # Contraction within an expression only, so that all processors with fused multiply-add round alike; math-errno and traps are
-# libc's and the debugger's concern.
+# libc's and the debugger's concern. Tiles are unrolled by the generator; to unroll more loops makes libraries larger, not quicker.
 COMMON = (
-    "-std=gnu11", "-O3", "-g0", "-s", "-ffp-contract=on", "-fno-math-errno", "-fno-trapping-math", "-fno-sanitize=all",
-    "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fvisibility=hidden", "-Wno-psabi",
+    "-std=gnu11", "-O3", "-fno-unroll-loops", "-g0", "-s", "-ffp-contract=on", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-sanitize=all", "-fno-stack-protector", "-fno-asynchronous-unwind-tables", "-fno-unwind-tables",
+    "-fvisibility=hidden", "-Wno-psabi",
 )  # fmt: skip
 SHARED = ("-fPIC", "-shared", "-nostdlib")
 FLAGS = (*COMMON, *SHARED)

@@ -21,17 +21,15 @@ def conv_forward(name: str, block: Conv, target: Target) -> str:
     if _flattens(block):
         height, width = 1, height * width
     columns, group = _tile(block, width, vectors, target.accumulators)
-    groups, tiles = balanced(vectors, group), balanced(width, columns)
-    kernels = [
-        _tile_kernel(f"{name}_{t}x{c}", block, lanes, t, c) for t in sorted(set(tiles)) for c in sorted(set(groups))
-    ]  # fmt: skip
+    groups, tiles = balanced(vectors, group), _overlapping(width, columns)
+    sizes = sorted({size for _, size, _ in tiles})
+    kernels = [_tile_kernel(f"{name}_{t}x{c}", block, lanes, t, c) for t in sizes for c in sorted(set(groups))]
     row = block.window[0] * block.layer.stride[0] * block.source.row
     step = block.window[1] * block.layer.stride[1] * block.source.depth
     body = [f"for (long h = 0; h < {height}; h++, x += {row}, out += {block.target.row}, mark += {block.target.row}) {{"]
     at_vector = 0
     for c in groups:
-        at = 0
-        for t, repeat in counted(tiles):
+        for at, t, repeat in tiles:
             shift = at_vector * lanes
             call = (
                 f"{name}_{t}x{c}(x + {at * step} + i * {t * step}, w + {shift}, bias + {shift}, "
@@ -39,7 +37,6 @@ def conv_forward(name: str, block: Conv, target: Target) -> str:
                 f"mark + {at * block.target.depth + shift} + i * {t * block.target.depth}, range);"
             )
             body.append(f"    for (long i = 0; i < {repeat}; i++) {call}")
-            at += t * repeat
         at_vector += c
     head = f"{name}({_ARGUMENTS})"
     return "\n".join([*kernels, function(head, [*body, "}"])])
@@ -54,6 +51,20 @@ _ARGUMENTS = (
 def _flattens(block: Conv) -> bool:
     simple = block.layer.kernel == (1, 1) and block.layer.stride == (1, 1) and block.members == 1
     return simple and block.source.dense and block.target.dense
+
+
+def _overlapping(width: int, most: int) -> list[tuple[int, int, int]]:
+    """Tiles of at most ``most`` positions as (first, size, how many). One size, and one kernel, where the last one may as well
+    begin a little earlier and give some positions again."""
+    sizes = balanced(width, most)
+    size, count = sizes[0], len(sizes)
+    if size != sizes[-1] and size * count <= 1.1 * width:
+        return [(0, size, count - 1), (width - size, size, 1)]
+    found, at = [], 0
+    for one, repeat in counted(sizes):
+        found.append((at, one, repeat))
+        at += one * repeat
+    return found
 
 
 def _tile(block: Conv, width: int, vectors: int, budget: int) -> tuple[int, int]:
@@ -84,7 +95,9 @@ def _tile_kernel(head: str, block: Conv, lanes: int, columns: int, vectors: int)
         body += _unrolled(block, lanes, places, vectors)
         for t in range(columns):
             for c in range(vectors):
-                body += ["{", *_maximum(block, lanes, t, c), *_stored(block, lanes, t, c), "}"]
+                members = [f"a{t}_{m}_{c}" for m in range(block.members)]
+                at = str(t * block.target.depth + c * lanes)
+                body += ["{", *_maximum(block, lanes, members), *_stored(block, lanes, at), "}"]
         return function(f"{head}({_ARGUMENTS})", body)
     body.append(f"for (long r = 0; r < {kh}; r++, x += {source.row - kw * source.depth}) {{")
     if source.depth == source.channels:
@@ -96,11 +109,22 @@ def _tile_kernel(head: str, block: Conv, lanes: int, columns: int, vectors: int)
     for t, m, offset in places:
         body.append(f"    real x{t}_{m} = x[{offset}];")
         body += [f"    a{t}_{m}_{c} = a{t}_{m}_{c} + w{c} * x{t}_{m};" for c in range(vectors)]
-    body += ["}", "}"]
-    for t in range(columns):
-        for c in range(vectors):
-            body += ["{", *_maximum(block, lanes, t, c), *_stored(block, lanes, t, c), "}"]
+    body += ["}", "}", *_emptied(block, lanes, columns, vectors)]
     return function(f"{head}({_ARGUMENTS})", body)
+
+
+def _emptied(block: Conv, lanes: int, columns: int, vectors: int) -> Iterator[str]:
+    """What follows the sums of a large tile, by way of memory: beside so many products one copy of it will do."""
+    members, depth = block.members, block.target.depth
+    yield f"real sums[{columns * vectors * members * lanes}];"
+    each = [(t, c, m) for t in range(columns) for c in range(vectors) for m in range(members)]
+    yield from (f"store{lanes}(sums + {number * lanes}, a{t}_{m}_{c});" for number, (t, c, m) in enumerate(each))
+    yield "const real *a = sums;"
+    yield f"for (long t = 0; t < {columns * depth}; t += {depth})"
+    yield f"for (long c = 0; c < {vectors * lanes}; c += {lanes}, a += {members * lanes}) {{"
+    yield from _maximum(block, lanes, [f"load{lanes}(a + {m * lanes})" for m in range(members)])
+    yield from _stored(block, lanes, "t + c")
+    yield "}"
 
 
 def _unrolled(block: Conv, lanes: int, places: list[tuple[int, int, int]], vectors: int) -> Iterator[str]:
@@ -116,18 +140,17 @@ def _unrolled(block: Conv, lanes: int, places: list[tuple[int, int, int]], vecto
         yield "}"
 
 
-def _maximum(block: Conv, lanes: int, t: int, c: int) -> Iterator[str]:
-    yield f"V{lanes} z = a{t}_0_{c};"
+def _maximum(block: Conv, lanes: int, members: list[str]) -> Iterator[str]:
+    yield f"V{lanes} z = {members[0]};"
     if block.members > 1:
         yield f"I{lanes} place = (I{lanes}){{0}};"
-    for m in range(1, block.members):
-        yield f"{{ I{lanes} more = a{t}_{m}_{c} > z; z = pick{lanes}(more, a{t}_{m}_{c}, z);"
+    for m, member in enumerate(members[1:], 1):
+        yield f"{{ V{lanes} other = {member}; I{lanes} more = other > z; z = pick{lanes}(more, other, z);"
         yield f"  place = (more & {m}) | (~more & place); }}"
 
 
-def _stored(block: Conv, lanes: int, t: int, c: int) -> Iterator[str]:
+def _stored(block: Conv, lanes: int, at: str) -> Iterator[str]:
     place = "place" if block.members > 1 else f"(I{lanes}){{0}}"
-    at = t * block.target.depth + c * lanes
     return finish(block, lanes, "z", place, f"out + {at}", f"mark + {at}")
 
 

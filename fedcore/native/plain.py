@@ -33,26 +33,28 @@ _BACKWARD = "const real *restrict gm, const uint8_t *restrict mark, real *restri
 def gather(name: str, entry: Input) -> str:
     """``name(from, to, range)``: an example in torch's order to its plane; returns zero, nan if a value is not finite."""
     plane = entry.target
-    body = ["real check = 0;"]
-    rounded = "I16 dead; z = quantize16(z, range, &dead);" if entry.quantizer is not None else ""
+    count = plane.channels * plane.height * plane.width
+    whole = count // LANES * LANES
+    body = ["V16 sum = (V16){0};", f"for (long i = 0; i < {whole}; i += {LANES}) {{", "V16 z = load16(from + i);"]
+    body.append("sum = sum + z * (real)0;")
     if (plane.channels == plane.depth == 1 and plane.dense) or (plane.height, plane.width) == (1, 1):
-        count = plane.length if plane.depth == 1 else plane.channels
-        whole = count // LANES * LANES
-        body += ["V16 sum = (V16){0};", f"for (long i = 0; i < {whole}; i += {LANES}) {{", "V16 z = load16(from + i);"]
-        body += ["sum = sum + z * (real)0;", rounded, "store16(to + i, z);", "}", "check = sum16(sum);"]
+        rounded = "I16 dead; z = quantize16(z, range, &dead);" if entry.quantizer is not None else ""
+        body += [rounded, "store16(to + i, z);", "}"]
         body += _scalars(entry, f"for (long i = {whole}; i < {count}; i++)", "from[i]", "to[i]")
     else:
+        body.append("}")
         at = f"{plane.origin} + h * {plane.row} + i * {plane.depth} + c"
         sizes = zip("hci", (plane.height, plane.channels, plane.width), strict=True)
         loops = " ".join(f"for (long {k} = 0; {k} < {size}; {k}++)" for k, size in sizes)
         body += _scalars(entry, loops, f"from[(c * {plane.height} + h) * {plane.width} + i]", f"to[{at}]")
+    body += ["real check = sum16(sum);", f"for (long i = {whole}; i < {count}; i++) check += from[i] * 0;"]
     body.append("return check;")
     text = function(f"{name}(const real *restrict from, real *restrict to, const Range *range)", body)
     return text.replace("KERNEL void", "KERNEL real", 1)
 
 
 def _scalars(entry: Input, loops: str, value: str, to: str) -> Iterator[str]:
-    yield f"{loops} {{ real s = {value}; check += s * 0;"
+    yield f"{loops} {{ real s = {value};"
     if entry.quantizer is None:
         yield f"{to} = s; }}"
         return
@@ -170,7 +172,7 @@ def loss(name: str, classes: int) -> str:
 
 
 def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
-    """``name(w, q)``: weights to their int8 grids, one scale per output channel; ``name(w, q, rows)`` for a fully connected layer."""
+    """``name(w, q)``, for fully connected layers ``name(w, q, rows)``: weights to their int8 grids, a scale per output channel."""
     if isinstance(block, Linear):
         return _round_rows(name, "rows", block.inputs, LANES).replace("restrict q)", "restrict q, long rows)", 1)
     if isinstance(block, Conv) and not block.by_tap:
@@ -262,7 +264,8 @@ def travel(parameters: Sequence[Parameter]) -> str:
             at = end
     begin = function("import_start(real *restrict blob, const real *restrict values)", into, cold=True)
     public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
-    return public + function("export_update(const real *restrict w, const real *restrict start, real *restrict update)", out, cold=True)
+    head = "export_update(const real *restrict w, const real *restrict start, real *restrict update)"
+    return public + function(head, out, cold=True)
 
 
 def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> tuple[str, str, str]:

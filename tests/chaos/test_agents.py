@@ -87,6 +87,7 @@ def agents(tmp_path):
     one.stop()
 
 
+@pytest.mark.slow
 def test_agents_that_have_lost_the_time_take_part_and_what_they_were_told_holds(tmp_path, agents):
     (tmp_path / "scenario.toml").write_text(SCENARIO)
     config = load_config(tmp_path / "scenario.toml")

@@ -19,10 +19,12 @@ from fedcore_device.policy import Policy
 from fedcore_device.step import Accumulate, read_step
 from fedcore_device.trainer import Task, train
 from fleet_fake import (
+    DEPLOYMENT,
     IDENTITY,
     LOOSE,
     OTHER,
     TASK,
+    TIME,
     Gateway,
     World,
     assignment,
@@ -37,6 +39,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb
+from fedcore.gateway.identity import server_time
 from fedcore.gateway.plan import to_settings, to_table
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.models import layout_of
@@ -353,6 +356,25 @@ def test_a_round_in_progress_that_has_expired_is_given_up(device):
     work.go_on(found)
     assert outcomes(gateway) == [pb.WORKING, pb.GAVE_UP], "its own clock may be wrong: the gateway is asked before it gives up"
     assert not gateway.uploads
+
+
+def test_a_clock_that_is_a_year_ahead_is_set_right_before_a_round_is_given_up(device):
+    state, world, gateway = device
+    work = doing(state, world, gateway)
+    found = work.accept(assignment(plan(gateway)))
+    world.offset = 365 * 86_400.0
+    report = gateway.report
+
+    def set_right(body):
+        sent = work._requests.sign("Report", b"")
+        now = int(1000 * (world.clock() - world.offset))
+        work._requests.set_clock(sent, server_time(TIME, DEPLOYMENT, sent.request.nonce, now))  # as where a clock is refused
+        return report(body)
+
+    gateway.report = set_right
+    work.go_on(found)
+    assert outcomes(gateway) == [pb.WORKING, pb.UPLOADED]
+    assert len(gateway.uploads) == 1
 
 
 def test_what_is_wrong_with_the_examples_stays_on_the_device(device):

@@ -25,7 +25,7 @@ demo-devices: $(READY) ## Eight device processes with TLS, secure aggregation an
 	$(BIN)/python clients/linux/demo.py
 
 demo-push: $(READY) ## A model is pushed to twenty device processes; bad ones are stopped and taken back: ten minutes
-	$(BIN)/python -m simulations.push
+	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m simulations.push
 
 test: $(READY) ## The test suite
 	$(BIN)/pytest -n auto -m "not slow"

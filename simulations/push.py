@@ -346,7 +346,6 @@ def main() -> None:
     parser.add_argument("--short", action="store_true", help="shorter windows")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     Path("runs").mkdir(exist_ok=True)
     folder = (given.out or Path(tempfile.mkdtemp(prefix="push-", dir="runs"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)

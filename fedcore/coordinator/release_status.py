@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fedcore.coordinator.releases import Registry, roll_back
@@ -48,7 +48,8 @@ def standing(control: RolloutControl, model: str, now: float | None = None) -> d
 
 
 def _evidence(state: Rollout, clock: float) -> tuple[Test, ...]:
-    return decide(state, (), clock)[2]
+    """What the votes show, also of a rollout that is over; nothing of a first release, which is compared with nothing."""
+    return decide(replace(state, phase="running"), (), clock)[2] if state.plan.baseline else ()
 
 
 def _arms(state: Rollout) -> dict[str, dict[str, int]]:

@@ -31,6 +31,7 @@ FASHION_LABELS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal
 FASHION_MEAN, FASHION_STD = 0.286041, 0.353024  # of the published train part, pixels in [0, 1]
 WINDOW, STRIDE = 100, 50  # samples at 50 Hz: two seconds, about one repetition of an exercise
 FEWEST_EXAMPLES = 10  # less cannot be shared out among test, calibration and clients
+_FRACTIONS = (np.arange(256) / 255).astype(np.float32)[None]  # bytes that mean 0 to 1
 _AT_ONCE = 4096  # examples that are looked at together, where all of them would need much memory
 _TEST_STREAM = 0x7E57  # keeps this module's random stream apart from others with the same seed
 
@@ -60,11 +61,12 @@ class Examples:
         """The examples as float32 [n, *shape]: four times the memory of bytes."""
         if self.values is None:
             return cast("Floats", self.raw)
+        raw = cast("Bytes", self.raw)
         if len(self.values) == 1:
-            return np.take(self.values[0], self.raw)
-        decoded = np.empty(self.raw.shape, np.float32)
+            return np.take(self.values[0], raw)
+        decoded = np.empty(raw.shape, np.float32)
         for channel, row in enumerate(self.values):
-            np.take(row, self.raw[:, channel], out=decoded[:, channel])
+            np.take(row, raw[:, channel], out=decoded[:, channel])
         return decoded
 
     def take(self, indices: Ints) -> Examples:
@@ -89,7 +91,8 @@ class Examples:
         if self.values is None:
             axes = tuple(axis for axis in range(self.raw.ndim) if axis != 1)
             return self.raw.mean(axes, dtype=np.float64), self.raw.std(axes, dtype=np.float64)
-        counts = np.stack([_byte_counts(self.raw[:, channel]) for channel in range(self.raw.shape[1])]) / self.raw[:, 0].size
+        raw = cast("Bytes", self.raw)
+        counts = np.stack([_byte_counts(raw[:, channel]) for channel in range(raw.shape[1])]) / raw[:, 0].size
         values = self.values.astype(np.float64)
         mean = (counts * values).sum(1)
         return mean, np.sqrt((counts * (values - mean[:, None]) ** 2).sum(1))
@@ -167,8 +170,10 @@ class _Wrong(Exception):
 
 def _byte_counts(raw: Bytes) -> Ints:
     """How often each byte occurs."""
-    pieces = (raw[first : first + _AT_ONCE].reshape(-1) for first in range(0, len(raw), _AT_ONCE))
-    return np.sum([np.bincount(piece, minlength=256) for piece in pieces], axis=0)
+    counts = np.zeros(256, np.int64)
+    for first in range(0, len(raw), _AT_ONCE):
+        counts += np.bincount(raw[first : first + _AT_ONCE].reshape(-1), minlength=256)
+    return counts
 
 
 def _digits(config: DataConfig, seed: int) -> Dataset:
@@ -330,7 +335,7 @@ def _of_columns(split: Any, image: str, label: str, labels: int) -> Examples:
         raise _Wrong(f"images must be of 8 bits a channel and one shape, got {', '.join(map(str, sorted(kinds)[:3])) or 'none'}")
     x = np.stack(pictures)
     x = x[:, None] if x.ndim == 3 else np.ascontiguousarray(np.moveaxis(x, -1, 1))
-    return _checked(Examples(x, np.array(list(split[label])), np.arange(256, dtype=np.float32)[None] / 255), labels, "the set")
+    return _checked(Examples(x, np.array(list(split[label])), _FRACTIONS), labels, "the set")
 
 
 def _of_user(config: DataConfig, folder: Path, seed: int) -> Dataset:

@@ -107,7 +107,8 @@ class RolloutControl:
         self, store: GatewayStore, journal: Path, clock: Callable[[], float] = time.time, random: RandomBytes = os.urandom
     ) -> None:  # fmt: skip
         self._store, self._journal, self._clock, self._random = store, journal, clock, random
-        Journal(journal)
+        with held(journal, _PATIENCE):  # a torn line is cut off, which must not be one that somebody writes
+            Journal(journal)
 
     def __enter__(self) -> RolloutControl:
         return self

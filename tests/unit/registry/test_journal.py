@@ -1,11 +1,13 @@
 """Audit records: whatever is changed, taken out or put in shows; a kill in the middle of a line does not break them."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
 from fedcore.errors import Refused, TryAgain
-from fedcore.registry.journal import GENESIS, Journal, check_chain
+from fedcore.registry.journal import GENESIS, Journal, check_chain, held
 
 
 @pytest.fixture
@@ -64,3 +66,29 @@ def test_what_cannot_be_recorded_is_not_half_recorded(path, monkeypatch):
     assert path.read_bytes() == before
     journal.append({"event": "abort"})
     assert Journal(path).records == 5
+
+
+_HOLDER = """
+import sys, time
+from pathlib import Path
+from fedcore.registry.journal import held
+with held(Path(sys.argv[1]), 5):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_decides_and_a_dead_one_lets_go(path):
+    holder = subprocess.Popen([sys.executable, "-c", _HOLDER, path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(TryAgain, match="somebody else decides"), held(path, 0.1):
+            pass
+    finally:
+        holder.kill()
+        holder.wait()
+        holder.stdout.close()
+    with held(path, 60):
+        Journal(path).append({"event": "resume"})
+    with held(path, 0.0):
+        assert check_chain(path.read_bytes())[0] == 5

@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fedcore.config import RunConfig, load_config
 
 torch.set_num_threads(1)  # as in a run: small tensors on several threads are many times slower on a busy machine
+# No test asserts a time, of a single example neither.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 SCENARIO = """
 [run]

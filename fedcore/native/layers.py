@@ -303,6 +303,8 @@ def _pool(name: str, module: Any, source: Shape, rank: int) -> Iterator[Layer]:
 def _normalisation(name: str, module: Any, source: Shape, _: int) -> Iterator[Layer]:
     if module.num_channels != source[0]:
         raise Unsupported(f"layer {name} (GroupNorm) wants {module.num_channels} channels and gets {source[0]}")
+    if module.num_channels // module.num_groups * math.prod(source[1:]) == 1:
+        raise Unsupported(f"layer {name} (GroupNorm) has groups of one value, for which torch refuses batches of one example")
     scale, bias = module.weight is not None, module.bias is not None
     yield Normalisation(name, source, module.num_groups, module.eps, scale, bias)
 

@@ -214,11 +214,21 @@ def _round_rows(name: str, rows: int | str, size: int, lanes: int) -> str:
 
 def transposed(name: str, block: Conv) -> str:
     """``name(w, t)``: weights by row to weights by tap, for the forward kernel."""
-    (kh, kw), inputs, source = block.layer.kernel, block.source.channels, block.source
+    (kh, kw), inputs, outputs, source = block.layer.kernel, block.source.channels, block.target.channels, block.source
+    depth, size = block.target.depth, kh * block.run
     body = [f"for (long r = 0; r < {kh}; r++) for (long s = 0; s < {kw}; s++) for (long c = 0; c < {inputs}; c++)"]
-    body.append(f"for (long o = 0; o < {block.target.channels}; o++)")
-    body.append(f"    t[((r * {kw} + s) * {inputs} + c) * {block.target.depth} + o] =")
-    body.append(f"        w[o * {kh * block.run} + r * {block.run} + s * {source.depth} + c];")
+    body.append(f"for (long o = 0; o < {outputs}; o++)")
+    body.append(f"    t[((r * {kw} + s) * {inputs} + c) * {depth} + o] = w[o * {size} + r * {block.run} + s * {source.depth} + c];")
+    if inputs == source.depth and outputs % LANES == block.span % LANES == 0:
+        squares = [f"for (long r = 0; r < {kh}; r++) for (long k = 0; k < {block.span}; k += {LANES})"]
+        squares.append(f"for (long o = 0; o < {outputs}; o += {LANES}) {{")
+        squares.append(
+            f"const real *from = w + o * {size} + r * {block.run} + k; real *to = t + (r * {block.span} + k) * {depth} + o;"
+        )
+        squares += [f"V16 t{i} = load16(from + {i * size});" for i in range(LANES)]
+        squares += [*_exchanged(), *(f"store16(to + {i * depth}, t{i});" for i in range(LANES)), "}"]
+        # Where there are no vectors, squares in registers are much code.
+        body = ["#ifdef __thumb__", *body, "#else", *squares, "#endif"]
     return function(f"{name}(const real *restrict w, real *restrict t)", body, cold=True)
 
 
@@ -265,7 +275,7 @@ def travel(parameters: Sequence[Parameter]) -> str:
     begin = function("import_start(real *restrict blob, const real *restrict values)", into, cold=True)
     public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
     head = "export_update(const real *restrict w, const real *restrict start, real *restrict update)"
-    return public + function(head, out, cold=True)
+    return public + function(head, out)
 
 
 def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> tuple[str, str, str]:
@@ -297,19 +307,24 @@ def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: i
             yield from (f"V16 t{i} = (V16){{0}};" for i in range(len(rows), LANES))
         else:
             yield from (f"V16 t{i} = load16(from + {i * count + first});" for i in range(LANES))
-        for half in (8, 4, 2, 1):
-            low = [LANES + lane - half if lane & half else lane for lane in range(LANES)]
-            high = [LANES + lane if lane & half else lane + half for lane in range(LANES)]
-            for i in (i for i in range(LANES) if not i & half):
-                pair = f"t{i}, t{i + half}"
-                yield f"{{ V16 l = __builtin_shufflevector({pair}, {', '.join(map(str, low))});"
-                yield f"t{i + half} = __builtin_shufflevector({pair}, {', '.join(map(str, high))}); t{i} = l; }}"
+        yield from _exchanged()
         if out:
             yield from (f"store16(to + {i * count + first}, t{i});" for i in range(LANES))
         else:
             yield from (f"store16(to + {row}, t{i});" for i, row in enumerate(rows))
         yield "}"
     yield "}"
+
+
+def _exchanged() -> Iterator[str]:
+    """The square of vectors t0 to t15 transposed, in registers."""
+    for half in (8, 4, 2, 1):
+        low = [LANES + lane - half if lane & half else lane for lane in range(LANES)]
+        high = [LANES + lane if lane & half else lane + half for lane in range(LANES)]
+        for i in (i for i in range(LANES) if not i & half):
+            pair = f"t{i}, t{i + half}"
+            yield f"{{ V16 l = __builtin_shufflevector({pair}, {', '.join(map(str, low))});"
+            yield f"t{i + half} = __builtin_shufflevector({pair}, {', '.join(map(str, high))}); t{i} = l; }}"
 
 
 def _joined(dims: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:

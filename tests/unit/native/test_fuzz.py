@@ -23,8 +23,10 @@ PRIVATE = dataclasses.replace(PLAN, dp=DpSgdPlan(1.0, 0.5))
 
 
 def norm(draw, channels):
-    """Of groups of more than one channel where there are as many: alone, a channel makes the gradient of a bias before it zero."""
-    sizes = [size for size in range(1, channels + 1) if channels % size == 0 and size > 1] or [1]
+    """Of groups of more than one channel: alone, a channel makes the gradient of a bias before it zero, one value torch refuses."""
+    sizes = [size for size in range(2, channels + 1) if channels % size == 0]
+    if not sizes:
+        return nn.Identity, (), {}
     return nn.GroupNorm, (channels // draw(st.sampled_from(sizes)), channels), {"affine": draw(st.booleans())}
 
 

@@ -65,6 +65,7 @@ REFUSED = {
     "norm of channels": (IMAGE, lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.Flatten()), "wants 4 channels and gets 2"),
     "norm of a flattened image": (
         IMAGE, lambda: nn.Sequential(nn.Flatten(), nn.GroupNorm(2, 128), nn.Linear(128, 2)), "layer 1 (GroupNorm)"),
+    "norm of one value": (VECTOR, lambda: nn.Sequential(nn.Linear(4, 3), nn.GroupNorm(3, 3)), "has groups of one value"),
     "batch norm": (IMAGE, lambda: nn.Sequential(nn.BatchNorm2d(2), nn.Flatten()), "layer 0 (BatchNorm2d)"),
     "volumes": ((1, 2, 3, 4), lambda: nn.Sequential(nn.Flatten(), nn.Linear(24, 2)), "neither vectors, windows nor images"),
 }  # fmt: skip

@@ -41,6 +41,10 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 60.0, 3600.0  # after one that failed, doubled ea
 _ROLLOUTS = 8  # that are remembered
 
 
+class _Unfit(Refused):
+    """A release that this device tried and found unfit: a finding to be told, not a failure to be waited out."""
+
+
 class Server(Protocol):
     """What is asked of a gateway: `fedcore.gateway.client.GatewayClient`."""
 
@@ -100,6 +104,8 @@ class Updater:
         for model in self._policy.updates.models:
             try:
                 self._look_after(model, stopped, now)
+            except _Unfit as error:
+                self._found_unfit(model, str(error))
             except (Refused, TryAgain) as error:
                 from fedcore.gateway.refusals import GatewayRefusal
 
@@ -108,6 +114,12 @@ class Updater:
                     raise
             except OSError as error:
                 self._failed(model, f"{error.filename or 'a file'}: {error.strerror}")
+
+    def _found_unfit(self, model: str, problem: str) -> None:
+        """The gateway and the repository did their part, so nothing is waited out: the next step tells."""
+        _LOG.warning("%s: %s", model, problem)
+        with contextlib.suppress(TryAgain):  # a full disk: it is told when the gateway wants to be asked again
+            self._keep(model, problem=problem, failures=0, due=0.0)
 
     def _look_after(self, model: str, stopped: Callable[[], bool], now: bool) -> None:
         place = model_directory(self._state.directory, model)
@@ -130,15 +142,20 @@ class Updater:
     def _begin(self, model: str, place: Path) -> None:
         """Once for each start of the agent: a release that never gets well gives way to the one before."""
         if model not in self._started and place.exists():
-            with (
-                Store(place, self._disk) as store,
-                contextlib.suppress(Refused),
-            ):  # nothing to go back to: fetched anew, see `_update`
-                store.start()
+            with Store(place, self._disk) as store:
+                before = store.pointer
+                with contextlib.suppress(Refused):  # nothing to go back to: fetched anew, see `_update`
+                    store.start()
+                fell_back = store.pointer.unfit != before.unfit
             self._started.add(model)
+            if fell_back:
+                self._keep(model, due=0.0)
 
     def _judge(self, model: str, place: Path) -> None:
-        """Keep the release that is on probation, or take it back."""
+        """Keep the release that is on probation, or take it back; the gateway hears of it in the same step.
+
+        Harm is told whatever was waited for, once; that all is well waits out a failure.
+        """
         pointer = read_pointer(place) if place.exists() else Pointer()
         if pointer.current is None or pointer.starts is None:
             return
@@ -151,9 +168,13 @@ class Updater:
         with Store(place, self._disk) as store:
             if verdict == "well":
                 store.commit()
-                _LOG.info("release %d of %s is well", pointer.current.version, model)
-                return
-            good = store.fall_back(why)
+            else:
+                good = store.fall_back(why)
+        if verdict == "well":
+            _LOG.info("release %d of %s is well", pointer.current.version, model)
+            if not self._standing(model).failures:
+                self._keep(model, due=0.0)
+            return
         _LOG.warning("release %d of %s was taken back (%s); release %d runs", pointer.current.version, model, why, good.version)
         self._keep(model, due=0.0)
 
@@ -188,7 +209,7 @@ class Updater:
         """Fetch, try and switch.
 
         Raises:
-            Refused: not what is signed or assigned, or unfit. TryAgain: not now.
+            _Unfit: the self-test found it so. Refused: not what is signed or assigned. TryAgain: not now.
         """
         from datetime import UTC, datetime
 
@@ -212,10 +233,15 @@ class Updater:
                 self._repair(store, client, catalogue)
                 return
             wanted = self._wanted(catalogue, model, assigned.version)
-            install(
-                store, client, catalogue, model, assigned.version, wanted,
-                lambda files, batch: self._try(place, assigned.version, files, batch), recheck, _DOWNLOAD,
-            )  # fmt: skip
+            try:
+                install(
+                    store, client, catalogue, model, assigned.version, wanted,
+                    lambda files, batch: self._try(place, assigned.version, files, batch), recheck, _DOWNLOAD,
+                )  # fmt: skip
+            except Refused as error:
+                if str(assigned.version) in store.pointer.unfit:
+                    raise _Unfit(str(error)) from error
+                raise
         self._drop_health(place, store.pointer)
         _LOG.info("release %d of %s is installed, after %s", assigned.version, model, before.version if before else "none")
         self._keep(model, switched=self._environment.clock(), due=0.0)  # how it was is told at once

@@ -463,6 +463,78 @@ class TestWhen:
         device.step()
         assert read_standings(device.state)["digits"].failures == 0
 
+    def test_an_unfit_release_is_told_of_by_the_next_step_and_once(self, device, tried):
+        well(device)
+        device.assign(2)
+        tried["outcome"] = Refused("self-test: agreement 0.31 is below 0.95")
+        device.step()
+        device.gateway.asked.clear()
+        for _ in range(5):
+            device.updater.step()
+        assert len(device.gateway.asked) == 1, "no time has passed"
+        assert [one[1:] for one in device.gateway.reports() if one[3]] == [(2, {}, "self-test: agreement 0.31 is below 0.95")]
+        device.past(601)
+        device.updater.step()
+        assert len(device.gateway.asked) == 2, "then as often as the gateway said"
+
+    def test_an_unfit_release_that_could_not_be_told_of_is_told_of_later_and_later(self, device, tried, monkeypatch):
+        monkeypatch.setattr(fedcore_device.updates.random, "uniform", lambda low, high: 1.0)
+        well(device)
+        device.assign(2)
+        tried["outcome"] = Refused("self-test: agreement 0.31 is below 0.95")
+        device.step()
+        device.gateway.asked.clear()
+        device.gateway.spoil = TryAgain("the gateway is busy")
+        for number, wait in enumerate((60, 120, 240), 1):
+            for _ in range(5):
+                device.updater.step()
+            assert len(device.gateway.asked) == number
+            assert read_standings(device.state)["digits"].due == device.world.now + wait
+            device.past(wait + 1)
+        device.gateway.spoil = None
+        device.gateway.asked.clear()
+        device.updater.step()
+        device.updater.step()
+        assert [one[1] for one in device.gateway.reports() if one[3]] == [2]
+
+    def test_a_release_that_is_well_is_told_of_at_once_and_once(self, device):
+        device.step()
+        HealthFile(health_path(device.place, 1)).add(calls=20)
+        device.gateway.asked.clear()
+        for _ in range(5):
+            device.updater.step()
+        assert device.pointer().starts is None
+        assert [one[1] for one in device.gateway.reports()] == [1]
+
+    def test_that_all_is_well_waits_out_a_failure(self, device):
+        device.gateway.spoil = TryAgain("the gateway is busy")
+        device.step()
+        HealthFile(health_path(device.place, 1)).add(calls=20)
+        device.gateway.asked.clear()
+        device.updater.step()
+        assert device.pointer().starts is None
+        assert not device.gateway.asked
+        device.gateway.spoil = None
+        device.past(91)
+        device.updater.step()
+        assert [one[1] for one in device.gateway.reports()] == [1]
+
+    def test_a_release_that_a_start_took_back_is_told_of_at_once_and_once(self, device):
+        well(device)
+        device.assign(2)
+        device.step()
+        device.step()
+        device.gateway.wanted = 0
+        for _ in range(3):
+            device.restarted().step()
+        device.gateway.asked.clear()
+        device.restarted()
+        for _ in range(5):
+            device.updater.step()
+        assert device.runs() == 1
+        assert len(device.gateway.asked) == 1
+        assert [(one[1], one[3]) for one in device.gateway.reports() if one[3]] == [(2, "3 starts, and never well")]
+
     def test_only_while_the_conditions_hold(self, device, tmp_path):
         device.assign(2)
         device.past(700)

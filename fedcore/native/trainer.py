@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fedcore.errors import Refused
 from fedcore.native.blocks import LANES, Blocks, plan
 from fedcore.native.build import BuildFailed, build, host_target
-from fedcore.native.emit import source
+from fedcore.native.emit import engine_source
 from fedcore.native.layers import lower
 from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
@@ -79,9 +79,7 @@ class Program:
 def _program(blocks: Blocks, target: Target, double: bool) -> Program:
     """Remembered, so that workers forked after `prepare` find theirs at once."""
     memory = plan_memory(blocks)
-    parts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("cohort.c", "noise.c")]
-    text = "\n".join([source(blocks, memory, target), *parts])
-    return Program(blocks, memory, build(text, target, double=double))
+    return Program(blocks, memory, build(engine_source(blocks, memory, target), target, double=double))
 
 
 class NativeTrainer:

@@ -98,8 +98,8 @@ def test_the_rule_takes_the_native_engine_where_every_layer_is_known(cache):
 
 @needs_compiler
 def test_a_library_whose_results_differ_is_not_used(cache, monkeypatch):
-    written = trainers.source
-    monkeypatch.setattr(trainers, "source", lambda *a: written(*a).replace("d[y] = d[y] - share;", "d[y] = d[y] - share / 2;"))
+    made = trainers.engine_source
+    monkeypatch.setattr(trainers, "engine_source", lambda *a: made(*a).replace("d[y] = d[y] - share;", "d[y] = d[y] - share / 2;"))
     model = network("mlp", False, torch.float32)
     with pytest.raises(BuildFailed, match="differs from the loop by"):
         prepare(model, (1, 8, 8))

@@ -85,6 +85,7 @@ class DeviceGrid(ClientGrid):
         self.pay: Callable[[int, Sequence[str], Release | None], None] | None = None
         self._extra = [pb.Blob(name=name, digest=blobs.put(data), size=len(data)) for name, data in offering.blobs.items()]
         self._lineage = Lineage(blobs)
+        self._named = {blob.digest for blob in self._extra}  # that plans name: no upload of the same bytes takes them away
         self._known: dict[int, int] = {}
         self._chosen: list[int] | None = None
         self._forming: Forming | None = None
@@ -224,6 +225,7 @@ class DeviceGrid(ClientGrid):
         """What a device is asked to do with an encoded ``model``, to be completed and signed by the conductor."""
         task, trains = RoundTask.from_table(config), kind == MessageType.TRAIN
         whole, deltas = self._lineage.offer(model, (kind, task.round_number))
+        self._named |= {blob.digest for blob in (whole, *deltas)}
         others = [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]
         masked = uploads.encoding == "masked"
         return pb.Plan(
@@ -299,7 +301,10 @@ class DeviceGrid(ClientGrid):
         """Uploads that were kept whole, which are read and forgotten; two devices may have sent the same bytes."""
         for one in finished.contributions:
             yield one.device, read_upload(self._blobs.get(one.digest), uploads)
-        for digest in {one.digest for one in finished.contributions}:
+        self._forget_uploads(finished)
+
+    def _forget_uploads(self, finished: Finished) -> None:
+        for digest in {one.digest for one in finished.contributions} - self._named:
             self._blobs.remove(digest)
 
     def _round_keys(self, sent: Sequence[Message], visit: tuple[str, int, int], timeout: float | None) -> list[Message]:
@@ -313,13 +318,11 @@ class DeviceGrid(ClientGrid):
         return [check_in_reply(by_device[one.device], one.round_key) for one in found]
 
     def _masked(self, sent: Sequence[Message], finished: Finished) -> list[Message]:
-        """Masked uploads, opaque here; `SecureGrid` decides what becomes of them."""
+        """Masked uploads, opaque here; `SecureGrid` decides what becomes of them. Two of them may be the same bytes."""
         by_device = {message.metadata.dst_node_id: message for message in sent}
         self.observed = Facts(dropped=tuple((self.client_of(device), reason) for device, reason in finished.absent.items()))
-        replies = []
-        for one in finished.contributions:
-            replies.append(upload_reply(by_device[one.device], self._blobs.get(one.digest), 0.0))
-            self._blobs.remove(one.digest)
+        replies = [upload_reply(by_device[one.device], self._blobs.get(one.digest), 0.0) for one in finished.contributions]
+        self._forget_uploads(finished)
         return replies
 
     def _models(self, sent: Sequence[Message]) -> list[bytes]:

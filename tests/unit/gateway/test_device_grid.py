@@ -1,5 +1,6 @@
 """DeviceGrid without gateways: devices that write to the store as a gateway would for them."""
 
+import hashlib
 import json
 import struct
 import subprocess
@@ -22,12 +23,14 @@ from fedcore.gateway.identity import spell
 from fedcore.gateway.rounds import PRESENT, REPORT, RoundDocument
 from fedcore.gateway.sums import RunningSum, Summand, read_upload
 from fedcore.grids.device import DeviceGrid, Offering
+from fedcore.grids.protocol import invite, upload_of
 from fedcore.models import ParameterLayout
 from fedcore.privacy.release import plan_release
 from fedcore.quantization.wire import Update, encode_update
 from fedcore.registry.delta import apply_delta
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.secagg.sums import ScoreSum
+from fedcore.secagg.participant import Visit
+from fedcore.secagg.sums import ScoreSum, plan_update_sum
 from fedcore.state.gateway import Contribution, Device, Note, Round, RoundState, open_gateway_store
 from fedcore.state.sqlite import RunStore
 from fedcore.training.client import RoundTask
@@ -73,7 +76,7 @@ class Devices(threading.Thread):
             if isinstance(data, str):
                 store.note(one.key, REPORT, [Note(device, json.dumps({"outcome": pb.FAILED, "text": data}), time.time())])
                 continue
-            part: Summand = read_upload(data, document.uploads)
+            part: Summand = None if document.uploads.encoding == "masked" else read_upload(data, document.uploads)
             digest = blobs.put(data) if document.uploads.kept else bytes([device]) * 32
             if not document.uploads.kept:
                 total.add(part)
@@ -263,6 +266,19 @@ class TestCharging:
         grid, _ = world(self.work, goal=9, minimum=9, window=0.3)
         with pytest.raises(RoundFailed, match=r"4 devices checked in within 0.3 s; the round needs 9$"):
             grid.gather(MessageType.TRAIN, 1, [])
+
+
+def test_masked_uploads_of_the_same_bytes_end_no_round_and_take_no_blob_away(world):
+    """Nobody can read what is masked: devices that mean harm may agree on their bytes, or send back what a plan names."""
+    grid, devices = world(lambda device, plan: {3: b"step", 4: Blobs(devices.blobs).get(plan.blobs[0].digest)}.get(device, b"same"))
+    total = plan_update_sum(LAYOUT.size, 4, minimum_survivors=2, clip=1.0, weight_cap=10, bits=32)
+    replies = grid.send_and_receive([invite(one, Visit("run", 1, 2**40), b"invitation") for one in messages(grid, release=total)])
+    assert [upload_of(reply)[0] for reply in replies][:3] == [b"same", b"same", b"step"]
+    blobs = Blobs(devices.blobs)
+    for blob in devices.seen[-1][1].blobs:
+        assert blobs.size(blob.digest) == blob.size
+    with pytest.raises(Refused, match="no blob"):
+        blobs.get(hashlib.sha256(b"same").digest())
 
 
 def test_clients_keep_their_numbers_where_somebody_keeps_them(world, tmp_path):

@@ -142,7 +142,7 @@ class Gateway:
             raise GatewayRefusal(pb.MALFORMED, "the enrolment is another device's")
         check_request(request, "Renew", held.certificate.algorithm, held.certificate.public_key)
         if await self._committer.call(lambda store: store.device(held.device)) is None:
-            await self._door.register(held)
+            await self._door.renew(request)  # a store that was lost learns of the device, unless the signer knows it as revoked
         await self._door.caller(request, "Renew")
         enrolment = await self._door.renew(request)
         return pb.RenewReply(enrolment=enrolment.encode(), server_time=self._door.time(request.nonce))

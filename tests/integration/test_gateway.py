@@ -501,6 +501,13 @@ def test_a_certificate_that_ended_months_ago_is_renewed_and_a_store_that_was_los
         client.forget()
         with pytest.raises(GatewayRefusal, match="withdrawn by its owner"):
             client.check_in(pb.CheckInBody())
+        deployment.end()
+        for path in tmp_path.glob("state.sqlite*"):
+            path.unlink()
+        deployment.start()
+        for call in (client.renew, lambda: client.check_in(pb.CheckInBody())):  # a revoked device is not learnt of again
+            with pytest.raises(GatewayRefusal, match=r"not enrolled here any more|not known here"):
+                call()
         client.close()
     finally:
         deployment.close()

@@ -18,7 +18,7 @@ import typer
 from rich.table import Table
 
 from fedcore.errors import Refused
-from fedcore.terminal import clear_errors, new_console
+from fedcore.terminal import clear_errors, new_console, printable
 
 __all__ = ["device", "serve"]
 
@@ -174,10 +174,8 @@ def list_devices(fleet: FolderOption = FOLDER, as_json: Json = False) -> None:
             told = row["told"]
             seen = f"{datetime.fromtimestamp(row['last_seen'], UTC):%Y-%m-%d %H:%M:%S}" if row["last_seen"] else "never"
             words = f"{row['standing']}: {row['reason']}" if row["reason"] else row["standing"]
-            table.add_row(
-                row["device"], words, seen, told.get("runtime", ""), told.get("tier", ""), told.get("agent_version", ""),
-                str(told.get("model_version", 0) or ""), str(row["rounds"]),
-            )  # fmt: skip
+            said = [printable(told.get(name, "")) for name in ("runtime", "tier", "agent_version")]
+            table.add_row(row["device"], words, seen, *said, str(told.get("model_version", 0) or ""), str(row["rounds"]))
         new_console().print(table if rows else "no device has been here yet")
 
 

@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from fedcore.errors import FedcoreError, Refused
 
-__all__ = ["Commands", "clear_errors", "new_console"]
+__all__ = ["Commands", "clear_errors", "new_console", "printable"]
 
 _NO_READER, _DEFECT, _WRONG_USE = 141, 70, 2  # as shells, sysexits.h and click have them
 
@@ -64,8 +64,8 @@ def new_console() -> Console:
     return console if console.is_terminal else Console(width=200, markup=False)
 
 
-def _printable(words: object) -> str:
-    """Without control characters: an error may quote a file of unknown origin, and a terminal obeys them."""
+def printable(words: object) -> str:
+    """Without control characters: errors quote files of unknown origin, devices say what they like, and a terminal obeys."""
     return "".join(letter if letter.isprintable() else "?" for letter in str(words))
 
 
@@ -77,7 +77,7 @@ def clear_errors(debug: bool = False) -> Iterator[None]:
     except FedcoreError as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {_printable(error)}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         raise typer.Exit(2 if isinstance(error, Refused) else 1) from None
     except OSError as error:
         if isinstance(error, BrokenPipeError):
@@ -85,7 +85,7 @@ def clear_errors(debug: bool = False) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         print(
-            f"error: {error.filename or 'output'}: {_printable(error.strerror or error)}; what was committed is intact",
+            f"error: {error.filename or 'output'}: {printable(error.strerror or error)}; what was committed is intact",
             file=sys.stderr,
         )
         raise typer.Exit(1) from None
@@ -97,6 +97,6 @@ def clear_errors(debug: bool = False) -> Iterator[None]:
     except Exception as error:  # noqa: BLE001 - a defect of ours: one line, and the way to the traceback
         if debug:
             traceback.print_exc()
-        text = _printable(" ".join(f"{type(error).__name__}: {error}".split()))
+        text = printable(" ".join(f"{type(error).__name__}: {error}".split()))
         print(f"error: unexpected {text} (simulate --debug shows where)", file=sys.stderr)
         raise typer.Exit(_DEFECT) from None

@@ -3,13 +3,15 @@
 fleet/      keys of signer, coordinator, TLS authority and gateway, and fleet.trust (`gateway.deployment`)
 publisher/  publisher.key, which signs training steps; it may be moved away, and what it signed be put into steps/
 steps/      HASH.onnx, training steps and evaluation graphs, and HASH.sig beside each
-store.sqlite, blobs/, gateway.json, gateway.log
+store.sqlite, blobs/, gateway.json, gateway.log; serve.lock, which whoever serves holds
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
+import fcntl
 import json
 import math
 import os
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,20 @@ class FleetFolder:
             return str(json.loads((self.directory / "gateway.json").read_text())["store"])
         except (OSError, ValueError, KeyError):
             return str(self.directory / "store.sqlite")
+
+    @contextlib.contextmanager
+    def served(self) -> Iterator[None]:
+        """Keep others from serving the fleet: they would have its commands look into another store.
+
+        Raises:
+            TryAgain: somebody serves it already.
+        """
+        with (self.directory / "serve.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise TryAgain(f"another fedcore serve works on {self.directory}, and a fleet has one at a time") from None
+            yield
 
     def signer(self) -> LocalSigner:
         """The enrolment signer."""
@@ -211,12 +227,13 @@ class ServedGateway:
             "hold": hold, "repository": repository, "release_every": release_every,
             "pace": {"least": least}, "metrics": metrics, "run": str(run.absolute()) if run else "",
         }  # fmt: skip
-        self._ending = threading.Event()
+        self._ending, self._stack = threading.Event(), contextlib.ExitStack()
         self.address = ""
 
     def __enter__(self) -> ServedGateway:
         self._enrolments.start()
         try:
+            self._stack.enter_context(self._folder.served())
             self._begin()
         except BaseException:
             self._close()
@@ -239,15 +256,15 @@ class ServedGateway:
         self._enrolments.stop()
         self._signer.close()
         shutil.rmtree(self._sockets, ignore_errors=True)
+        self._stack.close()
 
     def _begin(self) -> None:
         file, log = self._folder.directory / "gateway.json", self._folder.directory / "gateway.log"
-        fresh = file.with_suffix(".new")  # a crash leaves no half of it: other commands read the store's place there
+        fresh = file.with_suffix(".new")  # other commands read the store's place in the other one: of a gateway that did begin
         fresh.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
-        fresh.replace(file)
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this package
-                [*_BOUND, "-m", "fedcore.gateway.process", str(file)], stdout=subprocess.PIPE, stderr=errors,
+                [*_BOUND, "-m", "fedcore.gateway.process", str(fresh)], stdout=subprocess.PIPE, stderr=errors,
                 stdin=subprocess.DEVNULL, text=True, start_new_session=True, env=os.environ | {"GRPC_VERBOSITY": "NONE"},
             )  # fmt: skip
         late = threading.Timer(_READY, self._process.kill)
@@ -259,6 +276,11 @@ class ServedGateway:
             self._process.wait()
             reason = (log.read_text(errors="replace").splitlines() or ["no word"])[-1]
             raise TryAgain(f"the gateway did not begin: {reason}")
+        try:
+            fresh.replace(file)
+        except OSError:
+            self._process.kill()
+            raise
         self.address = line.split()[-1]
 
     def _watch(self) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -24,12 +25,13 @@ from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
 from fedcore.coordinator.run import SimulatedRun
 from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee
-from fedcore.errors import Refused
+from fedcore.errors import Refused, TryAgain
+from fedcore.gateway.fleet import Told
 from fedcore.portable.signature import check_step_signature
 from fedcore.quantization.layers import set_activation_ranges
 from fedcore.secagg.keys import read_message
 from fedcore.secagg.messages import TrustBundle
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.gateway import Admission, Device, open_gateway_store
 from fedcore.state.sqlite import RunStore
 from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import load_flat
@@ -421,6 +423,33 @@ def test_a_committee_is_pinned_before_devices_are(tmp_path):
         folder.pin_committee(bundle)
     assert TrustBundle.decode(folder.fleet.trust().committee) == bundle
     assert dataclasses.replace(folder.fleet.trust(), committee=b"") == fleet
+
+
+def test_a_serve_that_does_not_begin_moves_no_store_and_a_fleet_has_one_at_a_time(tmp_path):
+    """Commands look for devices in the store that gateway.json names: revoking one in another store would revoke nothing."""
+    folder, other = FleetFolder.open(tmp_path / "fleet", "watches"), str(tmp_path / "other.sqlite")
+    with ServedGateway(folder, "", "127.0.0.1:0") as gateway:
+        for listen, said in (("127.0.0.1:0", "one at a time"), (gateway.address, "one at a time")):
+            with pytest.raises(TryAgain, match=said), ServedGateway(folder, other, listen):
+                pass
+        assert folder.store == str(tmp_path / "fleet" / "store.sqlite")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        listen = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(TryAgain, match="cannot be listened at"), ServedGateway(folder, other, listen):
+            pass
+    assert folder.store == str(tmp_path / "fleet" / "store.sqlite")
+
+
+def test_what_a_device_says_of_itself_commands_no_terminal(tmp_path):
+    folder = FleetFolder.open(tmp_path / "fleet", "watches")
+    store = open_gateway_store(folder.store)
+    store.register(Device(1, 1, bytes(32), 2**33, 1.0))
+    store.admit([Admission(1, 1, bytes(16), Told(agent_version="\x1b]0;1.0\x07", tier="[bold]pi").encode())], 2.0)
+    store.close()
+    said = CliRunner().invoke(app, ["device", "list", "--fleet", str(folder.directory)]).output
+    assert "?]0;1.0?" in said
+    assert "[bold]pi" in said
+    assert "\x1b" not in said
 
 
 def test_serve_refuses_what_devices_cannot_do(tmp_path):

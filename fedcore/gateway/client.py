@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.identity import (
@@ -302,7 +304,7 @@ def failure_of(error: Any, address: str) -> GatewayRefusal | TryAgain:
     if told is not None:
         try:
             return GatewayRefusal.received(pb.Failure.FromString(told), f"the gateway at {address}")
-        except ValueError:
+        except DecodeError:
             return TryAgain(f"the gateway at {address} answers what cannot be read")
     return TryAgain(f"the gateway at {address} cannot be reached ({error.code().name}: {one_line(error.details() or '')[:200]})")
 

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from google.protobuf.message import DecodeError
+
 from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.identity import EnrolmentToken, check_enrolment, check_proof, check_request, mac_key, spell
@@ -124,7 +126,7 @@ class LocalSigner:
         try:
             held = Enrolment.decode(pb.RenewBody.FromString(request.body).enrolment)
             check_enrolment(held, self._trust.deployment, self._trust.enrolment_key)
-        except (Refused, ValueError) as error:
+        except (Refused, DecodeError) as error:
             raise GatewayRefusal(pb.MALFORMED, f"the enrolment cannot be renewed: {error}") from None
         certificate = held.certificate
         if held.device != request.device:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from google.protobuf.message import DecodeError
+
 from fedcore.errors import Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.messages import PLAN, FleetTrust
@@ -30,7 +32,7 @@ def check_plan(signed: pb.SignedPlan, trust: FleetTrust, now: int, last_round: i
     verify(ED25519, signed.key, signed.signature, PLAN, signed.plan)
     try:
         plan: pb.Plan = pb.Plan.FromString(signed.plan)
-    except ValueError:
+    except DecodeError:
         raise Refused("the plan cannot be read") from None
     if plan.deployment != trust.deployment:
         raise Refused(f"the plan is of {plan.deployment!r}, this device is in {trust.deployment!r}")

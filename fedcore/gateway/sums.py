@@ -20,6 +20,7 @@ _SCORE = struct.Struct("<QQd")
 _HEADER = struct.Struct("<4sIQQQd")
 _MAGIC = b"FCS1"
 _UPDATE = ("float32", "int8")
+_MOST_LOSS = 1e30  # of an example, far above any that is honest; sums of it stay finite
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read_upload(data: bytes, terms: UploadTerms) -> Summand:
     if not 1 <= examples <= terms.most_examples:
         raise Refused(f"it claims {examples} examples; 1 to {terms.most_examples} count")
     norm = math.sqrt(float(np.square(vector, dtype=np.float64).sum()))  # no BLAS, whose threads cost more than they save here
-    if not (math.isfinite(norm) and math.isfinite(loss)):
+    if not (math.isfinite(norm) and abs(loss) <= _MOST_LOSS):
         raise Refused("it is not finite")
     if norm > terms.most_norm and terms.encoding in _UPDATE:
         raise Refused(f"its norm {norm:.3g} is over the limit {terms.most_norm:.3g}")
@@ -95,7 +96,7 @@ def _score(data: bytes, terms: UploadTerms) -> Summand:
     if len(data) != _SCORE.size:
         raise Refused(f"a score has {_SCORE.size} bytes, this one {len(data)}")
     examples, correct, loss = _SCORE.unpack(data)
-    if not (1 <= examples <= terms.most_examples and correct <= examples and math.isfinite(loss)):
+    if not (1 <= examples <= terms.most_examples and correct <= examples and abs(loss) <= _MOST_LOSS * examples):
         raise Refused(f"{correct} of {examples} examples with a loss of {loss:g} is no score")
     return Summand(np.zeros(0, np.float32), 0, examples, correct, loss)
 

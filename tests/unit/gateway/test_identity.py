@@ -2,6 +2,7 @@ import base64
 import dataclasses
 import itertools
 import os
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
-from fedcore.gateway.client import Enrolled, Requests
+from fedcore.gateway.client import Enrolled, Requests, failure_of
 from fedcore.gateway.deployment import make_fleet
 from fedcore.gateway.enrolment import EnrolmentServer, RemoteSigner
 from fedcore.gateway.identity import (
@@ -23,9 +24,9 @@ from fedcore.gateway.identity import (
     server_time,
     sign_request,
 )
-from fedcore.gateway.messages import FleetTrust, RequestHead
+from fedcore.gateway.messages import PLAN, FleetTrust, RequestHead
 from fedcore.gateway.plan import check_plan, sign_plan, to_settings, to_table
-from fedcore.gateway.refusals import PASSING, STATUS, GatewayRefusal
+from fedcore.gateway.refusals import FAILURE_KEY, PASSING, STATUS, GatewayRefusal
 from fedcore.gateway.tls import is_loopback
 from fedcore.secagg.crypto import EcdsaKey, Ed25519Key
 
@@ -340,6 +341,15 @@ def test_a_plan_is_refused_unless_signed_current_and_new():
     ):  # fmt: skip
         with pytest.raises(Refused, match=said):
             check_plan(signed, trust, NOW, 4)
+
+
+def test_what_a_gateway_says_may_be_anything():
+    """A failure that cannot be read is a passing one, and a plan that cannot is refused: neither ends an agent."""
+    told = SimpleNamespace(trailing_metadata=lambda: ((FAILURE_KEY, b"\xff\xff"),))
+    assert isinstance(failure_of(told, "a:1"), TryAgain)
+    junk = pb.SignedPlan(plan=b"\xff\xff", key=KEY.public, signature=KEY.sign(PLAN, b"\xff\xff"))
+    with pytest.raises(Refused, match="cannot be read"):
+        check_plan(junk, trust_of(), NOW)
 
 
 def test_settings_are_what_the_training_configuration_was():

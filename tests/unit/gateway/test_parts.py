@@ -56,7 +56,7 @@ def test_a_score_is_counts_and_a_loss():
     terms = UploadTerms("score", 0, 24, 1.0, 1000)
     part = read_upload(struct.pack("<QQd", 10, 7, 2.5), terms)
     assert (part.examples, part.correct, part.loss, part.weight) == (10, 7, 2.5, 0)
-    for strange in ((0, 0, 1.0), (10, 11, 1.0), (10, 7, np.nan), (5000, 7, 1.0)):
+    for strange in ((0, 0, 1.0), (10, 11, 1.0), (10, 7, np.nan), (10, 7, 1e308), (5000, 7, 1.0)):
         with pytest.raises(Refused, match="is no score"):
             read_upload(struct.pack("<QQd", *strange), terms)
     with pytest.raises(Refused, match="a score has 24 bytes"):
@@ -68,6 +68,7 @@ def test_a_score_is_counts_and_a_loss():
     [
         (update(np.full(8, np.nan, np.float32)), "not finite"),
         (update(loss=np.inf), "not finite"),
+        (update(loss=-1.7e308), "not finite"),  # sums of such losses would not be
         (update(EIGHT * 100), "its norm 1.18e[+]03 is over the limit 100"),
         (update(EIGHT[:7]), "has 7 values, the plan asks for 8"),
         (update(examples=1001), "claims 1001 examples; 1 to 1000 count"),

@@ -24,6 +24,7 @@ from fedcore.gateway.client import Enrolled, GatewayClient, Requests, enrol, may
 from fedcore.gateway.identity import spell
 from fedcore.gateway.messages import Enrolment, FleetTrust
 from fedcore.gateway.refusals import GatewayRefusal
+from fedcore.secagg.committee_wire import one_line
 from fedcore.secagg.keys import IDENTITY, new_signing_key, read_signing_key
 from fedcore_device.environment import Conditions, Environment
 from fedcore_device.policy import Policy
@@ -213,7 +214,7 @@ class Agent:
             accepted, self._visit_held = doing.accept(reply.assignment, self._visit_held), None
             if accepted is None:
                 return max(self._told_wait, _REFUSED_PAUSE)
-            _LOG.info("round %d of %s", accepted.round, accepted.task)
+            _LOG.info("round %d of %s", accepted.round, one_line(accepted.task))
             doing.go_on(accepted)
             return 0.0
         if not reply.HasField("wait"):

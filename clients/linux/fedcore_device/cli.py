@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import json
 import logging
@@ -50,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
         help="module:function, or a directory of .npz files with x and y; without, it only keeps models up to date",
     )  # fmt: skip
     run.add_argument("--conditions", type=Path, metavar="FILE", help="JSON file whose keys take the place of sensed conditions")
-    run.add_argument("--look", type=float, default=30.0, metavar="SECONDS", help="between two looks at the conditions")
+    run.add_argument("--look", type=_seconds, default=30.0, metavar="SECONDS", help="between two looks at the conditions")
     run.set_defaults(call=_run)
     status = commands.add_parser("status", help="what this device is and does")
     status.add_argument("--json", action="store_true", dest="as_json")
@@ -63,6 +64,14 @@ def _parser() -> argparse.ArgumentParser:
     forget = commands.add_parser("forget", help="leave the fleet for good: erases keys, models, checkpoints, the server's record")
     forget.set_defaults(call=_forget)
     return parser
+
+
+def _seconds(text: str) -> float:
+    """A span of time; 0 or less would be a loop without a pause."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < threading.TIMEOUT_MAX:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"takes seconds above 0, got {text!r}")
 
 
 def _state(given: argparse.Namespace) -> State:

@@ -35,6 +35,12 @@ class Conditions:
     free_storage: int = 0
 
 
+_KINDS: Mapping[str, Any] = {
+    "charging": bool, "unmetered": bool, "idle": bool, "battery_percent": int | None, "temperature": float | int | None,
+    "free_storage": int,
+}  # fmt: skip
+
+
 class Environment(Protocol):
     """What an agent is given by the machine it runs on, or by a test."""
 
@@ -138,7 +144,11 @@ def _text(path: Path) -> str:
 def _overridden(found: Conditions, file: Path) -> Conditions:
     try:
         table: Mapping[str, Any] = json.loads(file.read_text())
-        return replace(found, **table)
+        changed = replace(found, **table)
+        for name, value in table.items():
+            if not isinstance(value, _KINDS[name]) or isinstance(value, bool) != (_KINDS[name] is bool):
+                raise TypeError(f"{name} is {value!r}")
+        return changed
     except FileNotFoundError:
         return found
     except (OSError, ValueError, TypeError) as error:

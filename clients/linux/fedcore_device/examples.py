@@ -82,7 +82,7 @@ def _read(path: Path) -> Examples:
     try:
         with np.load(path, allow_pickle=False) as found:
             x, y = found["x"], found["y"]
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a file that is cut off or something else raises nearly anything: BadZipFile, EOFError, zlib.error
         raise Refused(f"examples: {path} is no .npz file with arrays x and y ({type(error).__name__})") from error
     return _checked(str(path), x, y)
 
@@ -92,6 +92,8 @@ def _checked(source: str, x: Any, y: Any) -> Examples:
     if x.ndim < 2 or y.shape != x.shape[:1] or x.dtype.kind not in "fiu" or y.dtype.kind not in "iu":
         raise Refused(f"examples: {source} gives x {x.dtype} {list(x.shape)} and y {y.dtype} {list(y.shape)}; needed are numbers "
                       "[n, ...] and integer labels [n]")  # fmt: skip
+    with np.errstate(over="ignore"):
+        x = x.astype(np.float32)
     if not np.isfinite(x).all():
         raise Refused(f"examples: {source} gives values that are not finite")
-    return x.astype(np.float32), y.astype(np.int64)
+    return x, y.astype(np.int64)

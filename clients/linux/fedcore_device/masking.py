@@ -20,7 +20,7 @@ from fedcore.secagg.messages import TrustBundle
 from fedcore.secagg.participant import Accepted, Demands, Participant, Visit, claim_visit, hash_work
 from fedcore.secagg.plan import Policy as SecurePolicy
 from fedcore.secagg.sums import sum_from_table
-from fedcore_device.policy import PlanPolicy
+from fedcore_device.policy import PlanPolicy, own_noise
 
 __all__ = ["Masking"]
 
@@ -56,7 +56,7 @@ class Masking:
         summation = sum_from_table(settings)
         if summation is None:
             raise Refused("the plan asks for secure aggregation and names no sum")
-        participant = self._participant(float(settings.get("example-noise-multiplier", 0.0)))
+        participant = self._participant(own_noise(settings))
         return participant.accept(self._key, self._visit, invitation, hash_work(model, settings), summation)
 
     def upload(self, accepted: Accepted, vector: bytes, directory: Path) -> bytes:

@@ -18,7 +18,7 @@ from fedcore.gateway import gateway_pb2 as pb
 from fedcore_device.environment import Conditions
 from fedcore_device.state import Participation
 
-__all__ = ["DeviceFacts", "Eligibility", "Limits", "PlanPolicy", "Policy", "UpdatePolicy", "read_policy"]
+__all__ = ["DeviceFacts", "Eligibility", "Limits", "PlanPolicy", "Policy", "UpdatePolicy", "own_noise", "read_policy"]
 
 _DAY = 24 * 3600 * 1000
 _MINUTES = 24 * 60
@@ -59,7 +59,7 @@ class PlanPolicy:
             )
         if plan.kind == pb.EVALUATE and not self.evaluation:
             raise Refused("the plan asks for an evaluation; [plan] evaluation = true lets the device take part in one")
-        own = float(settings.get("example-noise-multiplier", 0.0)) if plan.kind == pb.TRAIN else 0.0  # a score has no noise
+        own = own_noise(settings) if plan.kind == pb.TRAIN else 0.0  # a score has no noise
         if not masked and not own >= self.noise_multiplier:
             raise Refused(
                 f"the plan's noise multiplier on the device is {own:g}; [plan] noise_multiplier = {self.noise_multiplier:g}"
@@ -159,6 +159,12 @@ class Policy:
     limits: Limits = field(default_factory=Limits)
     device: DeviceFacts = field(default_factory=DeviceFacts)
     updates: UpdatePolicy = field(default_factory=UpdatePolicy)
+
+
+def own_noise(settings: Mapping[str, Any]) -> float:
+    """The multiplier of the noise that a device adds by itself under a plan's settings; 0 where they name none, or no number."""
+    named = settings.get("example-noise-multiplier", 0.0)
+    return float(named) if isinstance(named, int | float) else 0.0
 
 
 def read_policy(file: Path) -> Policy:

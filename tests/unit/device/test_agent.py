@@ -237,6 +237,10 @@ class TestCommands:
         assert said.count("\n") == 1
         assert fedcore_device.cli.main(["--state", str(tmp_path / "s"), "enroll", "--server", "a:1", "--token", "nonsense"]) == 2
         assert "nonsense" not in capsys.readouterr().err, "a token is a secret"
+        for look in ("0", "-1", "nan", "inf", "x"):
+            with pytest.raises(SystemExit):
+                fedcore_device.cli.main(["--state", str(tmp_path / "s"), "run", "--look", look])
+            assert "takes seconds above 0" in capsys.readouterr().err
 
     def test_forget_without_an_enrolment(self, tmp_path):
         assert fedcore_device.cli.main(["--state", str(tmp_path / "s"), "forget"]) == 0

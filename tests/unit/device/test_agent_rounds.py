@@ -136,6 +136,12 @@ class TestDowngrade:
         policy = dataclasses.replace(LOOSE, plan=dataclasses.replace(LOOSE.plan, noise_multiplier=1.01))
         self.refused(device, assignment(plan(device[2], unit="example", local=private(1.0))), "is 1; [plan] noise", policy)
 
+    def test_noise_that_is_no_number(self, device):
+        given = plan(device[2])
+        given.settings.append(pb.Setting(name="example-noise-multiplier", value=pb.Value(text="plenty")))
+        policy = dataclasses.replace(LOOSE, plan=dataclasses.replace(LOOSE.plan, noise_multiplier=1.0))
+        self.refused(device, assignment(given), "is 0; [plan] noise", policy)
+
     def test_capabilities_that_it_lacks(self, device):
         given = plan(device[2])
         given.capabilities.append("fly-1")

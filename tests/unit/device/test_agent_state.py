@@ -190,7 +190,8 @@ class TestLinux:
         assert machine.conditions(training=False).temperature != 99.5
         file.write_text('{"temperature": 99.5}')
         assert machine.conditions(training=False).temperature == 99.5
-        for text in ('{"warm": 1}', "[", "[1]"):
+        kinds = ['{"battery_percent": "50"}', '{"free_storage": null}', '{"idle": 1}', '{"temperature": true}']
+        for text in ('{"warm": 1}', "[", "[1]", *kinds):
             file.write_text(text)
             with pytest.raises(Refused, match=r"c\.json"):
                 machine.conditions(training=False)
@@ -225,6 +226,18 @@ class TestExamples:
     def test_no_pickles_are_opened(self, tmp_path):
         np.savez(tmp_path / "a.npz", x=np.array([{}], object), y=np.zeros(1, int))
         with pytest.raises(Refused, match=r"no \.npz file with arrays"):
+            load_examples(str(tmp_path))
+
+    @pytest.mark.parametrize("part", [slice(0), slice(-9), slice(99), slice(66, None)])
+    def test_a_file_that_is_being_written_is_named(self, tmp_path, part):
+        np.savez(tmp_path / "a.npz", x=np.zeros((20, 2)), y=np.zeros(20, int))
+        (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[part])
+        with pytest.raises(Refused, match=r"a\.npz is no \.npz file with arrays"):
+            load_examples(str(tmp_path))
+
+    def test_numbers_beyond_float32_are_not_finite(self, tmp_path):
+        np.savez(tmp_path / "a.npz", x=np.full((1, 2), 1e300), y=np.zeros(1, int))
+        with pytest.raises(Refused, match="not finite"):
             load_examples(str(tmp_path))
 
 

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo demo-devices demo-push test test-all lint types imports check clean
+.PHONY: help setup demo demo-devices demo-push demo-all test test-all lint types imports check clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 14
@@ -26,6 +26,9 @@ demo-devices: $(READY) ## Eight device processes with TLS, secure aggregation an
 
 demo-push: $(READY) ## A model is pushed to twenty device processes; bad ones are stopped and taken back: ten minutes
 	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m simulations.push
+
+demo-all: $(READY) ## Eight watches: QAT, DP and masks, export, a canary release as a delta, predictions; and what each step costs
+	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m simulations.all
 
 test: $(READY) ## The test suite
 	$(BIN)/pytest -n auto -m "not slow"

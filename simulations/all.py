@@ -1,6 +1,6 @@
 """`make demo-all`: eight watches train a model together, get it back as a signed release, and use it; and what each step costs.
 
-    python -m simulations.all [--rounds 16] [--out DIR] [--json]
+    python -m simulations.all [--rounds 10] [--out DIR] [--json]
 
 Device processes on this machine, TLS, quantization-aware training, DP-SGD on the device, secure aggregation by three operators,
 export with gates, two releases of which the second goes to a canary first and arrives as a delta. Simulated runs of the same
@@ -265,7 +265,7 @@ def _summary(told: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Run the demonstration."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--rounds", type=int, default=16, help="of training; 2 or more, since half of them make the first release")
+    parser.add_argument("--rounds", type=int, default=10, help="of training; 2 or more, since half of them make the first release")
     parser.add_argument("--window", type=float, default=10.0, help="seconds after which what a watch reported is its vote")
     parser.add_argument("--out", type=Path, help="a new or empty directory for everything")
     parser.add_argument("--json", action="store_true", dest="as_json", help="print JSON lines for scripts")

@@ -17,6 +17,8 @@ if importlib.util.find_spec("seglearn") is None:  # importing it would need pand
 
 from fedcore.config import load_config
 from fedcore.coordinator.run import SimulatedRun
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from simulations import all_data
 from simulations.all import SCENARIO
 from simulations.all_fleet import Processes

@@ -1,15 +1,19 @@
 """Releases from a run to a fleet's store: by the commands, and by a coordinator that publishes by itself."""
 
 import json
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.config import load_config, parse_config
+from fedcore.coordinator import publishing
 from fedcore.coordinator.publishing import unfit
 from fedcore.coordinator.release_service import pin_root, place_and_keys
 from fedcore.coordinator.release_status import attend
@@ -161,6 +165,22 @@ def test_a_decision_loop_aborts_and_takes_back(place):
     assert catalogue.digest("digits", 5) == catalogue.digest("digits", 1)
 
 
+@pytest.fixture
+def in_process(monkeypatch):
+    """The publisher's export without a new process, which spends three quarters of its time on imports; the slow test has one."""
+    threads = torch.get_num_threads()
+
+    def run(command, **_):
+        assert command[:3] == [sys.executable, "-m", "fedcore.coordinator.publishing"]
+        monkeypatch.setattr(sys, "argv", command[2:])
+        publishing._main()
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(publishing.subprocess, "run", run)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
 def test_a_coordinator_publishes_every_round_and_at_the_end_and_starts_rollouts(place, tmp_path, monkeypatch):
     keys = place / "online"
@@ -179,12 +199,14 @@ def test_a_coordinator_publishes_every_round_and_at_the_end_and_starts_rollouts(
     assert catalogue.digest("byitself", 1) != catalogue.digest("byitself", 2)
 
 
-def test_a_model_whose_gates_fail_is_never_released_and_the_run_ends_as_it_should(place, tmp_path):
+def test_a_model_whose_gates_fail_is_never_released_and_the_run_ends_as_it_should(place, tmp_path, in_process):
     release = f'[release]\nregistry = "repository"\nkeys = "{place / "online"}"\nmodel = "unfit"'
     rounds, result = finished(scenario(place, "unfit", tier="bytes = 10", release=release), tmp_path / "run")
     assert len(rounds) == 2
     assert "round 2 is not released: gates failed: flagship onnx: " in result["release"]
     assert json.loads((tmp_path / "run" / "result.json").read_text())["release"] == result["release"]
+    (row,) = json.loads((tmp_path / "run" / "export" / "export.json").read_text())["rows"]
+    assert (row["status"], row["gate"]) == ("exported", "fail"), "a real file, that is too large"
     assert repository(place).latest("unfit") == 0
 
 

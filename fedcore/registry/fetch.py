@@ -22,7 +22,7 @@ from typing import BinaryIO, Protocol
 
 from fedcore.errors import Refused, TryAgain
 
-__all__ = ["Deadline", "DirectoryFetcher", "Fetcher", "HttpFetcher", "Reply", "fetch_bytes", "fetch_file"]
+__all__ = ["Deadline", "DirectoryFetcher", "Fetcher", "HttpFetcher", "Missing", "Reply", "fetch_bytes", "fetch_file"]
 
 Clock = Callable[[], float]
 _PIECE = 1 << 16
@@ -35,6 +35,10 @@ class Reply:
 
     start: int
     pieces: Iterator[bytes]
+
+
+class Missing(TryAgain):
+    """The repository does not have a file that it names."""
 
 
 class Fetcher(Protocol):
@@ -120,7 +124,7 @@ def fetch_file(fetcher: Fetcher, name: str, path: Path, size: int, digest: bytes
 def _fetch_rest(fetcher: Fetcher, name: str, path: Path, size: int, held: int, deadline: Deadline) -> None:
     with fetcher.open(name, held, deadline.left()) as reply:
         if reply is None:
-            raise TryAgain(f"{name}: the repository names it but does not have it")
+            raise Missing(f"{name}: the repository names it but does not have it")
         if reply.start not in (0, held):
             raise Refused(f"{name}: the answer begins at {reply.start}, asked for was {held}")
         with path.open("r+b" if path.exists() else "wb") as file:

@@ -13,6 +13,7 @@ from fedcore.errors import Refused
 from fedcore.registry.catalogue import Catalogue, Entry
 from fedcore.registry.client import Client
 from fedcore.registry.delta import apply_delta, route
+from fedcore.registry.fetch import Missing
 from fedcore.registry.slots import POINTER, Artefact, Pointer, Release, Store, read_pointer
 
 __all__ = ["POINTER", "Artefact", "Pointer", "Release", "SelfTest", "Store", "install", "obtain", "read_pointer"]
@@ -67,7 +68,7 @@ def obtain(store: Store, client: Client, catalogue: Catalogue, entry: Entry, sec
     """Have a target's file in the store, by deltas from what is there if that is shorter, else whole."""
     if store.holds(entry.digest.hex()):
         return
-    with contextlib.suppress(Refused):  # whatever is wrong with a delta, the whole file is there too
+    with contextlib.suppress(Refused, Missing):  # whatever is wrong with a delta, the whole file is there too
         if _by_deltas(store, client, catalogue, entry, seconds):
             return
     store.adopt(client.download(entry, seconds), entry.digest.hex())

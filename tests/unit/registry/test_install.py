@@ -291,14 +291,14 @@ def test_five_versions_behind_and_a_month_offline(tmp_path):
     assert not [name for name in fetched if name.endswith(".onnx")]
 
 
-@pytest.mark.parametrize("spoil", ["tampered", "signed but wrong", "for another base", "gone"])
+@pytest.mark.parametrize("spoil", ["tampered", "signed but wrong", "for another base", "gone", "lost"])
 def test_a_bad_delta_falls_back_to_the_whole_file(device, spoil):
     files = device.simulator.files
     for name in [name for name in files if name.endswith(".fcd")]:
         if spoil == "tampered":
             files[name] = files[name][:-3] + b"xyz"
-        elif spoil == "gone":
-            continue
+        elif spoil == "lost":  # named, and not there
+            del files[name]
     if spoil in {"signed but wrong", "for another base"}:
         for path, target in list(device.simulator.releases.targets.items()):
             if path.endswith(".fcd"):

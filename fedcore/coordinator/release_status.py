@@ -86,7 +86,7 @@ def attend(control: RolloutControl, model: str, registry: Registry | None) -> st
         done = f"{state.plan.name}: aborted, by {why}; {exposed(state)} devices were exposed"
     if registry is not None and state.phase == "aborted" and state.fallback is None and state.plan.baseline:
         version = roll_back(control, registry, model, Order(_BY_EVIDENCE, "the rollout was aborted"))
-        done = "; ".join(filter(None, (done, f"{state.plan.name}: release {version} has the content of {state.plan.baseline}")))
+        done = "; ".join(filter(None, (done, f"{state.plan.name}: release {version} has the content of {state.plan.outside}")))
     return done
 
 
@@ -126,11 +126,17 @@ class Steward:
                 self._ending.wait(self.pause)
 
     def _look(self, control: RolloutControl) -> None:
+        wrong: FedcoreError | None = None
         for model in control.models():
-            if done := attend(control, model, self.registry):
-                self.told(done)
+            try:
+                if done := attend(control, model, self.registry):
+                    self.told(done)
+            except FedcoreError as error:  # neither the other models nor the timestamp wait for this one
+                wrong = wrong or error
         if not self._renewed or time.monotonic() > self._renewed + _RENEWAL:
             self._renew()
+        if wrong is not None:
+            raise wrong
         self._problem = ""
 
     def _renew(self) -> None:

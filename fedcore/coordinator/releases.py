@@ -97,7 +97,9 @@ def roll_back(control: RolloutControl, registry: Registry, model: str, order: Or
         Refused: there is nothing before it, or a key is missing. TryAgain: somebody else publishes or decides.
     """
     state = control.running(model).state
-    old = back_to or state.plan.baseline
+    old = back_to or state.plan.outside
+    if old >= state.plan.version:
+        raise Refused(f"release {old} of {model} is not before {state.plan.version}, which is taken back")
     if not old:
         raise Refused(f"release {state.plan.version} is the first of {model}: there is none to go back to; abort, and release anew")
     if state.phase in {"running", "paused"}:

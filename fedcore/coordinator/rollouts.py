@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -239,7 +240,8 @@ def plan_for(
     if shape.group and baseline:
         if grouped < 2:
             raise Refused(f"{grouped} devices with the label {shape.group!r} were here lately; a canary and its control take two")
-        first = (grouped + 1) // 2 / fleet
+        half = (grouped + 1) // 2
+        first = half / fleet if half / fleet * fleet >= half else math.nextafter(half / fleet, 1.0)
         stages = (first, *(one for one in stages[1:] if one > first))
     if against is not None:
         if not baseline < against < version:

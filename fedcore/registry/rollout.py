@@ -163,14 +163,13 @@ def release_of(state: Rollout, arm: Arm | None) -> int:
     After an abort that is the baseline, until the fallback is there; devices that have the new release refuse it as older.
     """
     plan = state.plan
-    outside = plan.baseline if plan.rest is None else plan.rest
     if state.phase == "full":
         return plan.version
     if state.fallback is not None:
         return state.fallback
     if arm == "canary" and state.phase in {"running", "paused"}:
         return plan.version
-    return plan.baseline if arm == "control" else outside
+    return plan.baseline if arm == "control" else plan.outside
 
 
 def hardware_of(plan: Plan, hardware: str) -> str:
@@ -279,15 +278,22 @@ def _tests(state: Rollout) -> Iterable[Test]:
     rows = len(plan.signals) + sum(one.ceiling < 1 for one in plan.signals)
     alpha = plan.alpha * (1 - _LIARS_SHARE) / (2 if groups else 1)
     walls = {"all": math.log(rows / alpha), **{group: math.log(rows * len(groups) / alpha) for group in groups}}
-    liars_alpha = plan.alpha * _LIARS_SHARE / (2 * len(walls))
+    liars = _liars(state)
     for group, wall in walls.items():
-        arms = [[one for one in closed if one.arm == arm and group in {"all", one.hardware}] for arm in ("canary", "control")]
-        liars = (
-            allowed_liars(len(arms[0]), plan.corrupt, liars_alpha),
-            allowed_liars(len(arms[1]), plan.corrupt, liars_alpha),
-        )
+        arms = [[one for one in closed if one.arm == arm and group in {"all", one.hardware}] for arm in _ARMS]
         for signal in plan.signals:
             yield from _compared(signal, arms, liars, group, wall, math.log(len(plan.signals) / plan.alpha))
+
+
+def _liars(state: Rollout) -> tuple[int, int]:
+    """Most liars in each arm. Who is in one, chance decides, and no more than that: liars choose when they join and what hardware
+    they name, so all of an arm may be among the first votes, or in one group."""
+    plan = state.plan
+    planned = (plan.stages[state.stage] * plan.fleet, plan.control_at(state.stage) * plan.fleet)
+    joined = [one.arm for one in state.members.values()]
+    canary, control = (max(math.floor(size), joined.count(arm)) for arm, size in zip(_ARMS, planned, strict=True))
+    alpha = plan.alpha * _LIARS_SHARE / 2
+    return allowed_liars(canary, plan.corrupt, alpha), allowed_liars(control, plan.corrupt, alpha)
 
 
 def _compared(

@@ -84,7 +84,7 @@ class Plan:
         nobody = min(math.floor(self.stages[0] * self.fleet), math.floor(self.control_at(0) * self.fleet)) < 1
         if nobody and self.baseline:
             raise Refused(f"of {self.fleet} devices, a canary of {self.stages[0]:g} or a control of {self.control:g} is nobody")
-        if not (self.version > self.baseline >= 0 and self.window > 0 and 0 < self.alpha < 1 and 0 < self.enough <= 1):
+        if not (self.version > self.baseline >= 0 and 0 < self.window < math.inf and 0 < self.alpha < 1 and 0 < self.enough <= 1):
             raise Refused("a rollout's version is above its baseline, its window positive, alpha and enough between 0 and 1")
         if self.rest is not None and not 0 <= self.rest < self.baseline:
             raise Refused(f"what the rest keeps is below both that are compared, got {self.rest} and {self.baseline}")
@@ -94,8 +94,13 @@ class Plan:
             raise Refused("every signal is named once, and its limit is above its tolerance")
         if any(not 0 < one.clip <= 1 or (one.ceiling < 1 and one.ceiling >= one.clip) for one in self.signals):
             raise Refused("a signal's clip is in (0, 1] and above its ceiling")
-        if any((one.kind == "amount" and one.ceiling < 1) != (one.budget > 0) for one in self.signals):
+        if any((one.kind == "amount" and one.ceiling < 1) != (0 < one.budget < math.inf) for one in self.signals):
             raise Refused("a budget is of an amount that has a ceiling")
+
+    @property
+    def outside(self) -> int:
+        """What devices in neither arm keep: it went to all of them before. In an A/B comparison that is neither of the two."""
+        return self.baseline if self.rest is None else self.rest
 
     def control_at(self, stage: int) -> float:
         """The share of the fleet that is the control at a stage."""

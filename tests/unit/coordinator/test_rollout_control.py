@@ -2,15 +2,22 @@
 
 import json
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import pytest
 
+from fedcore.coordinator import release_status
+from fedcore.coordinator.release_status import Steward, attend
+from fedcore.coordinator.releases import Registry, roll_back
 from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl, Shape, plan_for
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway.identity import spell
-from fedcore.registry.catalogue import Catalogue, Entry
+from fedcore.registry.catalogue import Catalogue, Entry, artefact
+from fedcore.registry.files import LocalFiles
 from fedcore.registry.journal import check_chain
-from fedcore.registry.rollout import arm_of, decide, place_of
+from fedcore.registry.keys import load_signers, make_keys
+from fedcore.registry.repository import create, publish
+from fedcore.registry.rollout import arm_of, decide, new_rollout, place_of, room
 from fedcore.state.gateway import open_gateway_store
 from fedcore.state.releases import Holding, Membership, Visit, Worst
 
@@ -186,6 +193,53 @@ def test_two_releases_side_by_side_leave_the_rest_alone_and_wait_for_a_person(wo
     world.join(lambda arm, device: FINE)
     world.now += 101
     assert world.control.decide("digits")[1] == "inconclusive"
+
+
+def repository(folder, *versions):
+    keys, now = make_keys(folder / "offline", folder / "online", 1, 1, publishes=True), datetime.now(UTC)
+    registry = Registry(LocalFiles(folder / "repository"), load_signers([folder / "offline", folder / "online"]))
+    create(registry.files, keys, registry.signers, now)
+    for version in versions:
+        publish(registry.files, [artefact("digits", version, "flagship", "onnx", "m", bytes([version]))], registry.signers, now)
+    return registry
+
+
+def test_what_was_compared_side_by_side_and_stopped_goes_to_nobody(world):
+    registry = repository(world.path, 1, 2, 3)
+    world.control.start("digits", 3, registry.catalogue(), replace(HALVES, stages=(0.3,), control=0.3), OPS, against=2)
+    with pytest.raises(Refused, match="release 3 of digits is not before 3"):
+        roll_back(world.control, registry, "digits", OPS, 3)
+    assert world.control.running("digits").state.phase == "running"
+    world.control.order("digits", "abort", OPS)
+    assert attend(world.control, "digits", registry) == "digits-3: release 4 has the content of 1"
+    catalogue = registry.catalogue()
+    assert catalogue.digest("digits", 4) == catalogue.digest("digits", 1) != catalogue.digest("digits", 2)
+
+
+def test_one_model_that_cannot_be_taken_back_keeps_nothing_else_waiting(world, monkeypatch):
+    done, told = [], []
+
+    def attended(control, model, registry):
+        if model == "a":
+            raise Refused("a key is missing")
+        done.append(model)
+        return ""
+
+    monkeypatch.setattr(release_status, "attend", attended)
+    monkeypatch.setattr(release_status, "renew", lambda *_: done.append("timestamp"))
+    steward = Steward(Deployment("", world.path / "x", ""), repository(world.path), told=told.append)
+    steward._problem, steward._renewed = "", 0.0
+    world.control.models = lambda: ["a", "b"]
+    with pytest.raises(Refused, match="a key is missing"):
+        steward._look(world.control)
+    assert done == ["b", "timestamp"]
+
+
+@pytest.mark.parametrize("fleet", [49, 98, 100])
+def test_a_group_of_two_is_a_canary_of_one_in_any_fleet(fleet):
+    before = plan_for("digits", 1, None, Shape(), fleet, 0)
+    full = replace(new_rollout(before, bytes(32)), phase="full")
+    assert room(replace(full, plan=plan_for("digits", 2, full, replace(HALVES, group="lab"), fleet, 2)), "canary") == 1
 
 
 def test_a_budget_shows_on_a_few_devices_what_medians_cannot(world):

@@ -193,6 +193,31 @@ def test_5_percent_liars_do_not_abort_a_healthy_release():
         assert (state.phase, decision) == ("running", "inconclusive"), [test for test in tests if test.harmful]
 
 
+@pytest.mark.parametrize(("hardware", "early"), [((), True), (("pi",), False)])
+def test_liars_who_come_first_or_name_a_hardware_of_their_own_do_not_abort_a_healthy_release(hardware, early):
+    state, fleet, rng = running(fleet=10_000, hardware=hardware), 10_000, np.random.default_rng(10)
+    names = devices(fleet)
+    liars, others = set(names[: fleet // 20]), names[fleet // 20 :]
+    joining = [name for name in names if place_of(SECRET, name) < 0.05 or place_of(SECRET, name) >= 0.96]
+    assert len(liars) == 500
+    rng.shuffle(others)
+    order = [*liars, *others] if early else rng.permutation(names)
+    clocks = {name: HOUR * place / fleet for place, name in enumerate(order)}
+    for name in sorted(joining, key=clocks.__getitem__):
+        state, _ = assign(state, name, "made up" if name in liars else "pi", clocks[name])
+    worst = {name: 1.0 if value < 1 else 1e9 for name, value in FINE.items()}
+    best = {name: 0.0 if value < 1 else 1e-9 for name, value in FINE.items()}
+    said = [
+        Report(name, (worst if one.arm == "canary" else best) if name in liars else honest(rng) or FINE)
+        for name, one in state.members.items()
+    ]
+    state, _, _ = decide(state, said, 2 * HOUR)
+    for minute in range(0, 61, 6):
+        state, decision, tests = decide(state, [], 10 * HOUR + 60 * minute)
+        assert decision == "inconclusive", [test for test in tests if test.harmful]
+    assert max(test.canary for test in tests) > 400
+
+
 def test_a_canary_of_20_cannot_tell_crashes_on_1_load_in_20():
     state, decision, _ = run(running(fleet=400), BAD["crashes on 1 load in 20"], honest, np.random.default_rng(5), 400)
     assert (state.phase, decision) == ("running", "inconclusive")
@@ -320,6 +345,7 @@ def test_orders_that_make_no_sense_and_the_way_back():
     "changes",
     [
         {"stages": ()}, {"stages": (0.2, 0.1)}, {"stages": (0.9,)}, {"fleet": 3}, {"version": 6}, {"corrupt": 0.5}, {"window": 0},
+        {"window": math.inf}, {"signals": (Signal("a", 0.1, "amount", ceiling=0.25, budget=math.inf),)},
         {"signals": (Signal("a", 0.0),)}, {"signals": (Signal("a", 0.1), Signal("a", 0.1))}, {"control": 0.0},
     ],
 )  # fmt: skip

@@ -86,7 +86,7 @@ enabled = true
 minimum_survivors = 6
 """
 _PATIENCE = 600.0  # seconds for the devices to do what they are to do
-_INTERRUPTED = 130
+_INTERRUPTED, _CANARY = 130, all_data.PEOPLE // 4
 Say = Callable[[str], None]
 
 
@@ -99,12 +99,15 @@ class Loop:
     apps: list[dict[str, Any]]
 
 
-def twins(folder: Path, say: Say) -> tuple[list[Row], bool]:
-    """The simulated rows, and whether masks changed no bit."""
-    rows, found = dict[str, Row](), dict[str, Path]()
+def twins(folder: Path, say: Say) -> tuple[list[Row], bool, float]:
+    """The simulated rows, whether masks changed no bit, and the points that int8 loses against the fp32 master it was made of."""
+    rows, found, lost = dict[str, Row](), dict[str, Path](), 0.0
     for step in SIMULATED:
         result = simulate(step, folder, "twins.toml")
         note = "simulated"
+        if step.name == "+ QAT, int8":
+            lost = 100 * (result["accuracy"] - result["int8_accuracy"])
+            note += f"; {lost:+.2f} points lost against its fp32 master"
         if "privacy" in result:
             spent = result["privacy"]["example"]
             costs = f"; epsilon {spent['epsilon']:.2f} at delta {spent['delta']:g}"
@@ -112,7 +115,7 @@ def twins(folder: Path, say: Say) -> tuple[list[Row], bool]:
         rows[step.name] = row = of_run(step.name, rows.get(step.against), result, note)
         found[step.name] = Path(result["directory"])
         say(f"{step.name}, simulated: accuracy {row.accuracy:.4f} in {row.seconds:.1f} s")
-    return list(rows.values()), equal_bits(found["+ integers of a sum"], found["+ masks"])
+    return list(rows.values()), equal_bits(found["+ integers of a sum"], found["+ masks"]), lost
 
 
 def devices(folder: Path, runtimes: list[str], say: Say) -> Loop:
@@ -126,8 +129,7 @@ def devices(folder: Path, runtimes: list[str], say: Say) -> Loop:
         dataset = normalised_by_test(load_dataset(config.data, config.folder, config.run.seed))
         data = federate(config.data, dataset, config.run.seed)
         watches = [Watch(folder, person) for person in range(all_data.PEOPLE)]
-        events: list[dict[str, Any]] = []
-        served, until = serve(processes, lambda event: _told(event, config.run.rounds, events, say))
+        served, until = serve(processes, lambda event: _told(event, config.run.rounds, say))
         say(f"gateway at {served['address']} with TLS; three operators; {len(watches)} watches enrol")
         tokens = fedcore(folder, "device", "token", "--fleet", "fleet", "--count", len(watches)).split()
         for watch, token in zip(watches, tokens, strict=True):
@@ -135,8 +137,8 @@ def devices(folder: Path, runtimes: list[str], say: Say) -> Loop:
             watch.start(processes, served["address"], token, runtimes[watch.person % len(runtimes)])
         while until("round")["round"] < config.run.rounds:
             pass
-        before = sent_by_fetch(served["metrics"])  # from now on nothing but the repository is fetched
         held = _wait(watches, 1, len(watches), processes)
+        before = sent_by_fetch(served["metrics"])  # from now on nothing but the second release is fetched
         say(f"release 1 runs on {held} watches; the last round's model is exported and released")
         result = until("result")
         release = _second(folder, watches, processes, say) | {"first": events_of(folder)[0]}
@@ -150,23 +152,26 @@ def _second(folder: Path, watches: list[Watch], processes: Processes, say: Say) 
     told = events_of(folder)[-1]
     if "problem" in told or told.get("waiting") or told["version"] != 2:
         raise SystemExit(f"the second release did not begin: {told}")
-    canary = _wait(watches, 2, 2, processes)
-    others = sum(_version(watch) == 2 for watch in watches) - canary
     deployment, end = Deployment.of(folder / "fleet"), time.monotonic() + _PATIENCE
     with deployment.control() as control:
         while True:
             now = standing(control, MODEL)
-            if now["phase"] != "running" or now["arms"]["canary"]["votes"] == now["arms"]["canary"]["devices"] == canary:
+            canary = now["arms"]["canary"]
+            if now["phase"] != "running" or canary["votes"] >= _CANARY:
                 break
             _alive(processes, end, "the canary did not report")
     if now["phase"] == "aborted":
         raise SystemExit(f"the canary stopped release 2: {[one for one in now['tests'] if one['harmful']]}")
-    say(f"release 2 is on {canary} canaries and on {others} others; harm seen: {any(one['harmful'] for one in now['tests'])}")
+    held = sum(_version(watch) == 2 for watch in watches)
+    harm = ", ".join(sorted({one["signal"] for one in now["tests"] if one["harmful"]})) or "none"
+    say(f"release 2 runs on {held} watches; {canary['reported']} of {canary['devices']} canaries reported; harm shown: {harm}")
     if now["phase"] == "running":
+        if held > canary["devices"]:
+            raise SystemExit("release 2 ran outside of its canary")
         fedcore(folder, "release", "promote", "--fleet", "fleet", "--by", "demo", "--why", "its canary shows no harm")
         say("a person promotes it: two devices cannot rule harm out")
     _wait(watches, 2, len(watches), processes)
-    return {"second": told, "canaries": canary, "phase": now["phase"]}
+    return {"second": told, "canaries": canary["devices"], "held_by": held, "phase": now["phase"]}
 
 
 def events_of(folder: Path) -> list[dict[str, Any]]:
@@ -195,8 +200,7 @@ def _alive(processes: Processes, end: float, what: str) -> None:
     time.sleep(0.3)
 
 
-def _told(event: dict[str, Any], rounds: int, events: list[dict[str, Any]], say: Say) -> None:
-    events.append(event)
+def _told(event: dict[str, Any], rounds: int, say: Say) -> None:
     if event["event"] == "round":
         spent = event["privacy"]["example"]["epsilon"]
         say(f"round {event['round']}/{rounds}  {event['replies']} of {event['cohort']} watches, masked  epsilon {spent:.2f}"
@@ -237,13 +241,13 @@ def demonstrate(folder: Path, rounds: int, window: float, say: Say) -> dict[str,
     (folder / "twins.toml").write_text(scenario)
     more = ON_DEVICES.format(targets=json.dumps(targets), every=max(1, rounds // 2), window=window)
     (folder / "scenario.toml").write_text(scenario + more)
-    simulated, masked = twins(folder, say)
+    simulated, masked, lost = twins(folder, say)
     loop = devices(folder, targets, say)
     gates = json.loads((folder / "run" / "export" / "export.json").read_text())["rows"]
     agreed = agreement(folder, loop.apps)
     rows = table(simulated, masked, loop, agreed, gates)
     return {
-        "rows": [asdict(one) for one in rows], "masks_equal_bits": masked, "agreement": agreed,
+        "rows": [asdict(one) for one in rows], "masks_equal_bits": masked, "int8_points_lost": lost, "agreement": agreed,
         "release": loop.release, "gates": gates, "epsilon": loop.result["privacy"]["example"]["epsilon"],
         "apps": [{key: one[key] for key in ("version", "runtime", "digest", "milliseconds")} for one in loop.apps],
         "seconds": time.monotonic() - began,
@@ -289,7 +293,13 @@ def main() -> None:
         print("interrupted; all processes have ended", file=sys.stderr)
         raise SystemExit(_INTERRUPTED) from None
     (folder / "result.json").write_text(json.dumps(told, indent=2) + "\n")
-    if given.as_json:
+    _show(told, folder, console, as_json=given.as_json)
+    if not told["masks_equal_bits"]:
+        raise SystemExit("masks changed the model")
+
+
+def _show(told: dict[str, Any], folder: Path, console: Console, *, as_json: bool) -> None:
+    if as_json:
         print(json.dumps({"event": "result", "directory": str(folder), **told}), flush=True)
         return
     console.print(shown([Row(**one) for one in told["rows"]]))

@@ -24,7 +24,7 @@ demo: $(READY) ## Federate the digits data set: one to three minutes
 demo-devices: $(READY) ## Eight device processes with TLS, secure aggregation and DP: two minutes
 	$(BIN)/python clients/linux/demo.py
 
-demo-push: $(READY) ## A model is pushed to twenty device processes; bad ones are stopped and taken back: ten minutes
+demo-push: $(READY) ## A model is pushed to twenty device processes; bad ones are stopped and taken back: some minutes
 	GRPC_VERBOSITY=NONE GRPC_ENABLE_FORK_SUPPORT=0 $(BIN)/python -m simulations.push
 
 demo-all: $(READY) ## Eight watches: QAT, DP and masks, export, a canary release as a delta, predictions; and what each step costs

@@ -1,6 +1,6 @@
 """`make demo-push`: a model is released to twenty device processes, followed by a better one, a wrong one and a slow one.
 
-    python -m simulations.push [--devices 20] [--short] [--out DIR]
+    python -m simulations.push [--devices 20] [--out DIR]
 
 The wrong and the slow one are stopped by their canaries and taken back by themselves. Then the same decision function over a
 simulated fleet of 2,000, with harm that a canary of 20 could not tell. A picture of versions over time and result.json stay in DIR.
@@ -13,18 +13,18 @@ import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from fedcore_device.agent import enrol_device
 from fedcore_device.installed import model_directory
 from fedcore_device.state import State
@@ -33,7 +33,7 @@ from rich.console import Console
 from fedcore.config import load_config
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway
 from fedcore.coordinator.release_service import pin_root
-from fedcore.coordinator.release_status import Steward
+from fedcore.coordinator.release_status import Steward, standing
 from fedcore.coordinator.releases import Registry, compared, create_release, self_test_batch
 from fedcore.coordinator.rollouts import Deployment, Order, Shape
 from fedcore.coordinator.run import SimulatedRun
@@ -41,11 +41,16 @@ from fedcore.gateway.identity import spell
 from fedcore.registry.files import LocalFiles
 from fedcore.registry.keys import load_signers, make_keys
 from fedcore.registry.repository import create
-from fedcore.registry.rollout import Plan, Report, assign, command, decide, exposed, new_rollout
 from fedcore.registry.slots import read_pointer
 from simulations.push_parts import with_debugging_branch
+from simulations.push_rehearsal import VARIANTS, rehearse
+from simulations.push_shown import draw, tables
 
 MODEL, ORDER = "digits", Order("demo", "make demo-push")
+_ROUNDS = (3, 6)  # of training, before the first release and the second
+_EVERY = 2.0  # seconds between two questions of a device
+_SHORTEST = 20.0  # seconds of a window
+_PATIENCE = 600.0  # seconds that the devices have for a step
 SCENARIO = """
 [run]
 name = "digits"
@@ -75,10 +80,6 @@ battery_percent = 0
 windows = []
 probation = 5
 """
-VARIANTS = {
-    "harmless": {}, "takes 60 % more memory": {"memory": 1.6}, "crashes on 1 load in 20": {"crash": 0.05},
-    "silences 1 device in 5": {"silent": 0.2},
-}  # fmt: skip
 
 
 class Devices:
@@ -89,26 +90,18 @@ class Devices:
         self.timeline: list[tuple[float, dict[int, int]]] = []
         self.ran: dict[int, set[str]] = {}
         self._began, self._ending = time.monotonic(), threading.Event()
-        signer = fleet.signer()
+        issuer = fleet.signer()
         for number in range(count):
             state = State(folder / f"device-{number}")
-            enrolled = enrol_device(state, address, signer.issue(600).encode())
+            enrolled = enrol_device(state, address, issuer.issue(600).encode())
             self.names.append(spell(enrolled.device))
             (state.directory / "policy.toml").write_text(POLICY)
-        signer.close()
+        issuer.close()
 
     def __enter__(self) -> Devices:
         for number in range(len(self.names)):
-            command = [
-                sys.executable,
-                "-m",
-                "fedcore_device",
-                "--state",
-                str(self.folder / f"device-{number}"),
-                "run",
-                "--look",
-                "1",
-            ]
+            state = str(self.folder / f"device-{number}")
+            command = [sys.executable, "-m", "fedcore_device", "--state", state, "run", "--look", "1"]
             with (self.folder / f"device-{number}.log").open("ab") as log:
                 environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
                 self.processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
@@ -121,7 +114,11 @@ class Devices:
         for process in self.processes:
             process.terminate()
         for process in self.processes:
-            process.wait(60)
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
         self._watching.join(10)
 
     def held(self) -> list[tuple[int, str]]:
@@ -133,18 +130,22 @@ class Devices:
             found.append((pointer.current.version if pointer.current else 0, *(one.digest for one in files.values())))
         return [(one[0], one[1] if len(one) > 1 else "") for one in found]
 
+    def refused(self, version: int) -> dict[str, int]:
+        """Why devices found a release unfit, and how many did."""
+        pointers = (read_pointer(model_directory(self.folder / f"device-{number}", MODEL)) for number in range(len(self.names)))
+        return dict(Counter(one.unfit[str(version)] for one in pointers if str(version) in one.unfit))
+
     def now(self) -> float:
         """Seconds since they began."""
         return time.monotonic() - self._began
 
-    def wait(self, what: Any, seconds: float) -> None:
+    def wait(self, what: Callable[[list[tuple[int, str]]], bool]) -> None:
         """Until ``what`` is so of what they hold."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + _PATIENCE
         while not what(self.held()):
             if time.monotonic() > end:
-                raise SystemExit(
-                    f"the devices did not get there in {seconds:g} s: {Counter(version for version, _ in self.held())}"
-                )
+                versions = dict(Counter(version for version, _ in self.held()))
+                raise SystemExit(f"the devices did not get there in {_PATIENCE:g} s; they hold {versions}")
             time.sleep(0.3)
 
     def _watch(self) -> None:
@@ -183,55 +184,81 @@ def served(folder: Path, every: float) -> Iterator[tuple[FleetFolder, Registry, 
         yield fleet, Registry.open(str(place), [folder / "online"]), gateway.address
 
 
-def demonstrate(folder: Path, count: int, console: Console, *, short: bool) -> dict[str, Any]:
+def demonstrate(folder: Path, count: int, console: Console) -> dict[str, Any]:
     """The releases over device processes; what came of them."""
-    rounds, canary = (3, 6), 0.4
+    canary = 0.4
     shape = Shape((canary,), 1 - canary, corrupt=0.0, budgets={"p95_ms": 5.0})
     say = lambda text: console.print(text, highlight=False, soft_wrap=True)  # noqa: E731
-    with served(folder, 1.0) as (fleet, registry, address):
+    with served(folder, _EVERY) as (fleet, registry, address):
         deployment = Deployment.of(fleet.directory)
-        console.print(f"{count} devices, a gateway at {address}; one root key in three may be lost", highlight=False)
-        run = train(folder, "good", rounds[0])
-        batch = self_test_batch(run, 64)
+        say(f"{count} devices, a gateway at {address}; one root key in three may be lost")
+        run = train(folder, "good", _ROUNDS[0])
         with Devices(folder, fleet, address, count) as devices, Steward(deployment, registry, 0.5, say):
-            first = release(run / "export", batch, registry, deployment, shape)
-            devices.wait(lambda held: all(version == first for version, _ in held), 300)
-            # As long as this machine takes for all of them; and a device that found a release unfit says so within 90 s.
-            window = max(100.0, (1.0 if short else 1.5) * devices.now())
-            shape = dataclasses.replace(shape, window=window)
-            say(f"release {first} runs on all devices; from now on what a device says within {window:.0f} s is its vote")
+            scene = Scene(registry, deployment, devices, self_test_batch(run, 64), say)
+            first = scene.release(run / "export", shape)
+            devices.wait(lambda held: all(version == first for version, _ in held))
+            # For twenty at once this machine takes that long, their start included; a canary of eight has time to spare.
+            shape = dataclasses.replace(shape, window=max(_SHORTEST, devices.now()))
+            say(f"release {first} runs on all devices; from now on what a device says within {shape.window:.0f} s is its vote")
 
-            run = train(folder, "good", rounds[1], resume=True)
-            second = release(run / "export", batch, registry, deployment, shape)
-            devices.wait(lambda held: sum(version == second for version, _ in held) == int(canary * count), 300)
-            say(f"release {second}: its canary has it")
-            time.sleep(window)
-            with deployment.control() as control:
-                control.order(MODEL, "promote", Order("demo", "the canary shows no harm; so few devices cannot rule it out"))
-            devices.wait(lambda held: all(version == second for version, _ in held), 300)
+            run = train(folder, "good", _ROUNDS[1], resume=True)
+            second, wrong = better(scene, run / "export", shape, int(canary * count), folder)
             good = devices.held()[0][1]
-            say(f"release {second} was promoted by a person and runs on all devices")
-
             slow = spoiled(run / "export", folder / "slow")
-            wrong = train(folder, "wrong", rounds[1], data='dataset = "push_parts:off_by_one"') / "export"
-            found = []
-            for name, export in (("wrong", wrong), ("slow", slow)):
-                found.append(one_bad(name, export, batch, registry, deployment, shape, devices, good, say))
+            found = [one_bad(scene, name, export, shape, good) for name, export in (("wrong", wrong), ("slow", slow))]
+            contents = [digest for _, digest in devices.held()]
         with deployment.control() as control:
             rows, _ = compared(control, MODEL, second, first)
-        say("; ".join(f"{row.signal}: {row.verdict}" for row in rows[:3]) + f" (release {first} against {second})")
+        say(f"release {second} against {first}: " + "; ".join(f"{row.signal}, {row.verdict}" for row in rows[:3]))
         return {
-            "bad": found, "good": good, "contents": [digest for _, digest in devices.held()], "timeline": devices.timeline,
-            "devices": count, "second": second,
+            "bad": found, "good": good, "contents": contents, "timeline": devices.timeline, "devices": count, "second": second,
         }  # fmt: skip
 
 
-def release(export: Path, batch: bytes | None, registry: Registry, deployment: Deployment, shape: Shape) -> int:
-    """Publish an export and begin its rollout."""
-    made = create_release(export, MODEL, batch, registry)
-    with deployment.control() as control:
-        control.start(MODEL, made.version, registry.catalogue(), shape, ORDER)
-    return made.version
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a release meets. ``batch`` is for self-tests; ``say`` hears how it goes."""
+
+    registry: Registry
+    deployment: Deployment
+    devices: Devices
+    batch: bytes | None
+    say: Callable[[str], None]
+
+    def release(self, export: Path, shape: Shape) -> int:
+        """Publish an export and begin its rollout; its version."""
+        made = create_release(export, MODEL, self.batch, self.registry)
+        with self.deployment.control() as control:
+            control.start(MODEL, made.version, self.registry.catalogue(), shape, ORDER)
+        return made.version
+
+    def stands(self) -> dict[str, Any]:
+        """See `standing`."""
+        with self.deployment.control() as control:
+            return standing(control, MODEL)
+
+    def records(self, version: int) -> dict[str, Any]:
+        """What the journal says of a release: the first record of each event."""
+        held = [json.loads(line) for line in self.deployment.journal.read_text().splitlines()]
+        return {one["event"]: one for one in reversed(held) if one["version"] == version}
+
+
+def better(scene: Scene, export: Path, shape: Shape, canary: int, folder: Path) -> tuple[int, Path]:
+    """A release that its canary likes and a person promotes: its version; and the export of a wrong one, trained meanwhile."""
+    version = scene.release(export, shape)
+    scene.devices.wait(lambda held: sum(one == version for one, _ in held) == canary)
+    scene.say(f"release {version}: its canary has it")
+    wrong = train(folder, "wrong", _ROUNDS[1], data='dataset = "push_parts:off_by_one"') / "export"
+    scene.devices.wait(lambda held: sum(arm["votes"] for arm in scene.stands()["arms"].values()) == len(held))
+    found = scene.stands()
+    if harmful := [test["signal"] for test in found["tests"] if test["harmful"]] or found["phase"] != "running":
+        raise SystemExit(f"release {version} was to be promoted; it is {found['phase']}, harmful by {harmful}")
+    why = "the canary shows no harm; so few devices cannot rule it out"
+    with scene.deployment.control() as control:
+        control.order(MODEL, "promote", Order("demo", why))
+    scene.devices.wait(lambda held: all(one == version for one, _ in held))
+    scene.say(f"release {version} was promoted by a person ({why}) and runs on all devices")
+    return version, wrong
 
 
 def spoiled(export: Path, folder: Path) -> Path:
@@ -244,99 +271,30 @@ def spoiled(export: Path, folder: Path) -> Path:
     return folder
 
 
-def one_bad(
-    name: str, export: Path, batch: bytes | None, registry: Registry, deployment: Deployment, shape: Shape, devices: Devices,
-    good: str, say: Any,
-) -> dict[str, Any]:  # fmt: skip
+def one_bad(scene: Scene, name: str, export: Path, shape: Shape, good: str) -> dict[str, Any]:
     """Release something bad, and wait until every device is back on the good content."""
-    began = devices.now()
-    version = release(export, batch, registry, deployment, shape)
-    say(f"release {version} is {name}")
-    devices.wait(lambda _: _over(deployment, version), 600)
-    devices.wait(lambda held: all(one > version and digest == good for one, digest in held), 300)
-    with deployment.control() as control:
-        state = control.running(MODEL).state
-    canary = sorted(device for device, member in state.members.items() if member.arm == "canary")
-    records = [json.loads(line) for line in deployment.journal.read_text().splitlines()]
-    abort = next(one for one in records if one["version"] == version and one["event"] == "abort")
-    started = next(one for one in records if one["version"] == version and one["event"] == "start")
-    harmful = sorted({one["signal"] for one in abort["evidence"] if one["harmful"]})
-    ran = sorted(devices.ran.get(version, set()))
-    seconds = abort["at"] - started["at"]
-    say(f"release {version} was aborted after {seconds:.0f} s by {', '.join(harmful)}; {len(ran)} of its {len(canary)} canaries "
-        f"ran it and nobody else; all are back after {devices.now() - began:.0f} s")  # fmt: skip
+    devices, began = scene.devices, scene.devices.now()
+    version = scene.release(export, shape)
+    scene.say(f"release {version} is {name}")
+    devices.wait(lambda _: "roll back" in scene.records(version))
+    devices.wait(lambda held: all(one > version and digest == good for one, digest in held))
+    with scene.deployment.control() as control:
+        members = control.running(MODEL).state.members
+    canary = sorted(device for device, member in members.items() if member.arm == "canary")
+    records = scene.records(version)
+    harmful = sorted({one["signal"] for one in records["abort"].get("evidence", ()) if one["harmful"]})
+    ran, refused = sorted(devices.ran.get(version, set())), devices.refused(version)
+    seconds = records["abort"]["at"] - records["start"]["at"]
+    scene.say(
+        f"release {version} was aborted after {seconds:.0f} s; {len(ran)} of its {len(canary)} canaries ran it and nobody else; "
+        f"all are back after {devices.now() - began:.0f} s"
+    )
+    for why, number in refused.items():
+        scene.say(f"{number} devices did not install it, {why}")
     if not set(ran) <= set(canary):
         raise SystemExit(f"release {version} ran outside of its canary")
-    return {"name": name, "version": version, "canary": canary, "ran": ran, "aborted_by": harmful, "seconds": seconds,
-            "began": began, "over": devices.now()}  # fmt: skip
-
-
-def _over(deployment: Deployment, version: int) -> bool:
-    with deployment.control() as control:
-        state = control.running(MODEL).state
-    return state.plan.version == version and state.fallback is not None
-
-
-def rehearse(fleet: int, variant: Mapping[str, float], seed: int = 0) -> dict[str, Any]:
-    """A rollout over simulated devices: exposed devices and the phase by hour, until it is over."""
-    rng = np.random.default_rng(seed)
-    plan = Plan("rehearsal", MODEL, 2, 1, fleet, stages=(0.3, 0.6), control=0.4, window=6 * 3600.0, corrupt=0.0)
-    state = command(new_rollout(plan, rng.bytes(32)), "start")
-    memory, speed = 5e6 * np.exp(0.2 * rng.standard_normal(fleet)), 10 * np.exp(0.3 * rng.standard_normal(fleet))
-    hours: list[tuple[int, int, str]] = []
-    decision, tests = "inconclusive", ()
-    for hour in range(96):
-        clock, reports = 3600.0 * hour, []
-        for number in np.flatnonzero(rng.random(fleet) < 0.25):
-            device = f"device-{number}"
-            state, _ = assign(state, device, "other", clock)
-            member = state.members.get(device)
-            if member is None or member.joined != clock:
-                continue
-            worse = variant if member.arm == "canary" else {}
-            if rng.random() < 0.03 + worse.get("silent", 0.0):
-                continue
-            reports.append(Report(device, {
-                "disagreement": float(np.clip(rng.normal(0.03, 0.01), 0, 1)), "errors": 0.1 * float(rng.random() < 0.01),
-                "crash": float(rng.random() < 0.002 + worse.get("crash", 0.0)), "p95_ms": float(speed[number]),
-                "peak_bytes": float(memory[number] * worse.get("memory", 1.0)),
-            }))  # fmt: skip
-        state, now, evidence = decide(state, reports, clock)
-        hours.append((hour, exposed(state), state.phase))
-        if now != "hold":
-            decision, tests = now, evidence
-        if state.phase in {"full", "aborted"}:
-            break
-    by = sorted({test.signal for test in tests if test.harmful}) if decision == "abort" else []
-    return {"phase": state.phase, "exposed": exposed(state), "hours": len(hours), "by": by, "curve": hours}
-
-
-def draw(told: dict[str, Any], path: Path) -> None:
-    """Versions on the devices over time, and the simulated rollouts."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, (above, below) = plt.subplots(2, 1, figsize=(9, 7), layout="constrained")
-    times = [at for at, _ in told["timeline"]]
-    versions = sorted({version for _, held in told["timeline"] for version in held})
-    counts = [[held.get(version, 0) for _, held in told["timeline"]] for version in versions]
-    above.stackplot(times, counts, labels=[f"release {version}" if version else "none" for version in versions])
-    for one in told["bad"]:
-        above.axvline(one["began"], color="black", lw=0.8, ls=":")
-        above.text(one["began"], told["devices"] * 1.01, f"release {one['version']}: {one['name']}", fontsize=8)
-    above.set(xlabel="seconds", ylabel="devices", ylim=(0, told["devices"]), xlim=(min(times), max(times)))
-    above.legend(loc="lower right", fontsize=8)
-    for name, one in told["rehearsals"].items():
-        hours, shown = [hour for hour, _, _ in one["curve"]], [count for _, count, _ in one["curve"]]
-        below.plot(
-            hours, shown, label=f"{name}: {one['phase']}{' by ' + ', '.join(one['by']) if one['by'] else ''}", marker=".", ms=3
-        )
-    below.set(xlabel="hours", ylabel=f"of {told['fleet']} devices exposed", ylim=(0, None))
-    below.legend(fontsize=8)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    return {"name": name, "version": version, "canary": canary, "ran": ran, "refused": refused, "aborted_by": harmful,
+            "seconds": seconds, "began": began, "over": devices.now()}  # fmt: skip
 
 
 def main() -> None:
@@ -344,20 +302,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--devices", type=int, default=20)
     parser.add_argument("--fleet", type=int, default=2000, help="of the simulated part")
-    parser.add_argument("--short", action="store_true", help="shorter windows")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     Path("runs").mkdir(exist_ok=True)
     folder = (given.out or Path(tempfile.mkdtemp(prefix="push-", dir="runs"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     console, began = Console(width=140), time.monotonic()
-    told = demonstrate(folder, given.devices, console, short=given.short)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the devices end with it
+    told = demonstrate(folder, given.devices, console)
     told |= {"fleet": given.fleet, "rehearsals": {name: rehearse(given.fleet, one) for name, one in VARIANTS.items()}}
-    for name, one in told["rehearsals"].items():
-        why = f", by {', '.join(one['by'])}" if one["by"] else ""
-        words = f"{one['phase']} after {one['hours']} h, {one['exposed']} exposed{why}"
-        console.print(f"{given.fleet} simulated devices, a release that {name if name != 'harmless' else 'is harmless'}: {words}",
-                      highlight=False)  # fmt: skip
+    for table in tables(told):
+        console.print(table, highlight=False)
     draw(told, folder / "versions.png")
     (folder / "result.json").write_text(json.dumps(told, default=dataclasses.asdict) + "\n")
     console.print(f"{time.monotonic() - began:.0f} s; versions over time: {folder / 'versions.png'}", highlight=False)

@@ -227,12 +227,25 @@ def test_devices_that_are_away_neither_hide_nor_get_a_bad_release(world):
 
 @pytest.mark.slow
 def test_the_demonstration_itself(tmp_path):
-    command = [sys.executable, "-m", "simulations.push", "--short", "--out", str(tmp_path / "push")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=1500, check=False)
+    command = [sys.executable, "-m", "simulations.push", "--out", str(tmp_path / "push")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads((tmp_path / "push" / "result.json").read_text())
+    wrong, slow = told["bad"]
     for one in told["bad"]:
+        assert len(one["canary"]) == 8
         assert set(one["ran"]) <= set(one["canary"])
         assert one["aborted_by"]
+        assert "silence" not in one["aborted_by"]
+    assert not wrong["ran"], "no self-test lets it pass"
+    assert sum(wrong["refused"].values()) == 8
+    assert set(slow["ran"]) == set(slow["canary"])
+    assert any(signal.startswith("p95_ms") for signal in slow["aborted_by"])
+    assert len(told["contents"]) == DEVICES
     assert set(told["contents"]) == {told["good"]}
+    ends = {name: (one["phase"], one["by"]) for name, one in told["rehearsals"].items()}
+    assert ends == {
+        "is harmless": ("full", []), "takes 60 % more memory": ("aborted", ["peak_bytes"]),
+        "crashes on 1 load in 20": ("aborted", ["crash"]), "silences 1 device in 5": ("aborted", ["silence"]),
+    }  # fmt: skip
     assert (tmp_path / "push" / "versions.png").stat().st_size > 10_000

@@ -50,6 +50,7 @@ MODEL, ORDER = "digits", Order("demo", "make demo-push")
 _ROUNDS = (3, 6)  # of training, before the first release and the second
 _EVERY = 2.0  # seconds between two questions of a device
 _SHORTEST = 20.0  # seconds of a window
+_SEEN = 5.0  # seconds of the end that the picture shows
 _PATIENCE = 600.0  # seconds that the devices have for a step
 SCENARIO = """
 [run]
@@ -196,9 +197,10 @@ def demonstrate(folder: Path, count: int, console: Console) -> dict[str, Any]:
         with Devices(folder, fleet, address, count) as devices, Steward(deployment, registry, 0.5, say):
             scene = Scene(registry, deployment, devices, self_test_batch(run, 64), say)
             first = scene.release(run / "export", shape)
+            began = devices.now()
             devices.wait(lambda held: all(version == first for version, _ in held))
             # For twenty at once this machine takes that long, their start included; a canary of eight has time to spare.
-            shape = dataclasses.replace(shape, window=max(_SHORTEST, devices.now()))
+            shape = dataclasses.replace(shape, window=max(_SHORTEST, devices.now() - began))
             say(f"release {first} runs on all devices; from now on what a device says within {shape.window:.0f} s is its vote")
 
             run = train(folder, "good", _ROUNDS[1], resume=True)
@@ -207,6 +209,7 @@ def demonstrate(folder: Path, count: int, console: Console) -> dict[str, Any]:
             slow = spoiled(run / "export", folder / "slow")
             found = [one_bad(scene, name, export, shape, good) for name, export in (("wrong", wrong), ("slow", slow))]
             contents = [digest for _, digest in devices.held()]
+            time.sleep(_SEEN)
         with deployment.control() as control:
             rows, _ = compared(control, MODEL, second, first)
         say(f"release {second} against {first}: " + "; ".join(f"{row.signal}, {row.verdict}" for row in rows[:3]))

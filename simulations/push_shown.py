@@ -9,6 +9,8 @@ from rich.table import Table
 
 __all__ = ["draw", "tables"]
 
+_NONE, _BAD, _FINE = "lightgrey", "tab:red", ("tab:blue", "tab:green", "mediumseagreen", "lightgreen")
+
 
 def tables(told: dict[str, Any]) -> list[Table]:
     """What came of the bad releases on device processes, and of the rollouts over simulated devices."""
@@ -34,17 +36,20 @@ def draw(told: dict[str, Any], path: Path) -> None:
     times = [at for at, _ in told["timeline"]]
     versions = sorted({version for _, held in told["timeline"] for version in held})
     counts = [[held.get(version, 0) for _, held in told["timeline"]] for version in versions]
-    above.stackplot(times, counts, labels=[f"release {version}" if version else "none" for version in versions])
+    bad, fine = {one["version"] for one in told["bad"]}, iter(_FINE)
+    colors = [_NONE if not version else _BAD if version in bad else next(fine, _FINE[-1]) for version in versions]
+    above.stackplot(times, counts, labels=[f"release {version}" if version else "none" for version in versions], colors=colors)
     for one in told["bad"]:
         above.axvline(one["began"], color="black", lw=0.8, ls=":")
         above.text(one["began"], told["devices"] * 1.01, f"release {one['version']}: {one['name']}", fontsize=8)
+    above.yaxis.get_major_locator().set_params(integer=True)
     above.set(xlabel="seconds", ylabel="devices", ylim=(0, told["devices"]), xlim=(min(times), max(times)))
-    above.legend(loc="lower right", fontsize=8)
+    above.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     for name, one in told["rehearsals"].items():
         hours, shown = [hour for hour, _, _ in one["curve"]], [count for _, count, _ in one["curve"]]
-        below.plot(
-            hours, shown, label=f"{name}: {one['phase']}{' by ' + ', '.join(one['by']) if one['by'] else ''}", marker=".", ms=3
-        )
+        label = f"{name}: {one['phase']}{' by ' + ', '.join(one['by']) if one['by'] else ''}"
+        (line,) = below.plot(hours, shown, label=label)
+        below.plot(hours[-1:], shown[-1:], marker="o", color=line.get_color(), zorder=3)  # the lines are one until they end
     below.set(xlabel="hours", ylabel=f"of {told['fleet']} devices exposed", ylim=(0, None))
     below.legend(fontsize=8)
     figure.savefig(path, dpi=110)

@@ -6,6 +6,7 @@ tiers. What fails a gate is not released; whatever else goes wrong costs this re
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import hashlib
@@ -149,13 +150,23 @@ class Publisher:
 
     def _records(self) -> list[dict[str, Any]]:
         try:
-            return [json.loads(line) for line in (self._directory / RECORD).read_text().splitlines()]
-        except (OSError, ValueError):
+            lines = (self._directory / RECORD).read_text(errors="replace").splitlines()
+        except OSError:
             return []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):  # a kill tore it
+                found.append(json.loads(line))
+        return [one for one in found if isinstance(one, dict)]
 
     def _record(self, told: dict[str, Any]) -> None:
-        with (self._directory / RECORD).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(told) + "\n")
+        path = self._directory / RECORD
+        try:
+            torn = path.exists() and not path.read_bytes().endswith(b"\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.write("\n" * torn + json.dumps(told) + "\n")
+        except OSError as error:  # a full disk costs this note, not the run
+            _LOG.warning("%s cannot be written (%s)", path, error.strerror)
 
 
 def shape_of(config: RunConfig) -> Shape:

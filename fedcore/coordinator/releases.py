@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -78,8 +79,11 @@ def create_release(
     """Publish what passed its gates as the next release of a model.
 
     Raises:
-        Refused: nothing passed, a key is missing, or a name cannot stand in a path. TryAgain: somebody else publishes.
+        Refused: nothing passed, a key is missing, a name cannot stand in a path, or the batch is none. TryAgain: somebody else
+            publishes.
     """
+    if batch is not None:
+        _check_batch(batch)
     state = load(registry.files)
     version = state.catalogue().latest(model) + 1
     items = release_items(export, model, version, batch, registry.files, state, bases, tuple(tiers))
@@ -195,6 +199,23 @@ def self_test_batch(run: Path, count: int) -> bytes | None:
     buffer = io.BytesIO()
     np.savez(buffer, x=test.x[right].astype(np.float32), y=test.y[right].astype(np.int64))
     return buffer.getvalue()
+
+
+def _check_batch(data: bytes) -> None:
+    """See that devices can read a self-test batch; one that they cannot would make every release unfit.
+
+    Raises:
+        Refused: they cannot.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as held:
+            x, y = np.asarray(held["x"], np.float32), np.asarray(held["y"])
+    except (ValueError, KeyError, TypeError, AttributeError, EOFError, OSError, zipfile.BadZipFile) as error:
+        raise Refused(f"the self-test batch is no .npz with x and y ({type(error).__name__})") from None
+    if not (x.ndim >= 2 and len(x) and y.shape == x.shape[:1] and y.dtype.kind in "iu" and np.isfinite(x).all()):
+        raise Refused(
+            f"a self-test batch has x [n, *shape], finite, and n integers y; got {list(x.shape)} and {list(y.shape)} {y.dtype}"
+        )
 
 
 def model_of(export: Path) -> str:

@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from fedcore.errors import Refused
+from fedcore.errors import Refused, TryAgain
 from fedcore.registry.catalogue import Catalogue, Entry
 from fedcore.registry.client import Client
 from fedcore.registry.delta import apply_delta, route
@@ -54,6 +54,8 @@ def install(
         self_test(paths, store.path(batch.digest.hex()) if batch else None)
     except Refused as error:
         store.refuse(version, str(error))
+        with contextlib.suppress(TryAgain):  # the next installation removes what could not be removed
+            store.collect()
         raise
     recheck()
     release = Release(version, {

@@ -76,7 +76,8 @@ def rollback_items(files: Files, state: State, model: str, back_to: int, version
 
 def _rows(export: Path) -> list[dict[str, Any]]:
     try:
-        return list(json.loads((export / "export.json").read_text())["rows"])
+        rows = list(json.loads((export / "export.json").read_text())["rows"])
+        return [row | {name: str(row[name]) for name in ("tier", "target", "status", "gate")} for row in rows]
     except OSError as error:
         raise Refused(f"{export / 'export.json'}: {error.strerror}; fedcore export makes it") from error
     except (ValueError, KeyError, TypeError):

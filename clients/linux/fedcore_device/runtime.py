@@ -192,7 +192,7 @@ class Runtime:
             if release is None:
                 raise TryAgain(f"no release of {model} is installed in {self._directory}; fedcore-device status says more")
             seen = self._seen[model] = _Seen(signature, release)
-            self._unusable = {key: why for key, why in self._unusable.items() if key[0] != model}
+            self._unusable = {key: why for key, why in list(self._unusable.items()) if key[0] != model}  # others may add to it
         return seen.release
 
     def _choose(self, model: str, release: Release) -> tuple[str, Artefact]:
@@ -223,7 +223,8 @@ class Runtime:
             if hashlib.file_digest(file, "sha256").hexdigest() != artefact.digest:
                 raise TryAgain(f"{model}: {name} of release {release.version} is damaged; the agent fetches it anew")
         trial = read_trials(place).get(release.version)
-        expected = max(artefact.size, trial.loaded_bytes.get(artefact.digest, 0) if trial else 0)
+        tried = trial.loaded_bytes.get(artefact.digest) if trial else None
+        expected = max(artefact.size, tried or 0)
         self._make_room(model, expected)
         health = HealthFile(health_path(place, release.version))
         runtime = name.partition("/")[2]
@@ -232,7 +233,8 @@ class Runtime:
         before = _resident()
         with health.loading():
             opened = open_through(place, path, runtime, delegates, self._threads_each, health)
-        size = max(expected, _resident() - before)
+        # Other threads of the app take memory meanwhile, too: what a process of its own has measured is the better word.
+        size = expected if tried is not None else max(expected, _resident() - before)
         self._make_room(model, size)
         health.add(highest={"peak_bytes": size})
         loaded = Loaded(model, release.version, name, artefact.digest, size, opened, health)

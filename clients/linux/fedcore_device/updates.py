@@ -233,9 +233,11 @@ class Updater:
                 self._repair(store, client, catalogue)
                 return
             wanted = self._wanted(catalogue, model, assigned.version)
+            largest = self._policy.updates.largest_bytes  # also of what a delta on the way gives: the agent itself unpacks it
+            within = replace(catalogue, entries=tuple(one for one in catalogue.entries if one.size <= largest))
             try:
                 install(
-                    store, client, catalogue, model, assigned.version, wanted,
+                    store, client, within, model, assigned.version, wanted,
                     lambda files, batch: self._try(place, assigned.version, files, batch), recheck, _DOWNLOAD,
                 )  # fmt: skip
             except Refused as error:

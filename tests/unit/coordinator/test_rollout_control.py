@@ -1,14 +1,16 @@
 """Orders and evidence: in the journal before they are done, of the revision that was looked at, one rollout a model at a time."""
 
+import io
 import json
 from dataclasses import replace
 from datetime import UTC, datetime
 
+import numpy as np
 import pytest
 
 from fedcore.coordinator import release_status
 from fedcore.coordinator.release_status import Steward, attend
-from fedcore.coordinator.releases import Registry, roll_back
+from fedcore.coordinator.releases import Registry, create_release, roll_back
 from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl, Shape, plan_for
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway.identity import spell
@@ -240,6 +242,21 @@ def test_a_group_of_two_is_a_canary_of_one_in_any_fleet(fleet):
     before = plan_for("digits", 1, None, Shape(), fleet, 0)
     full = replace(new_rollout(before, bytes(32)), phase="full")
     assert room(replace(full, plan=plan_for("digits", 2, full, replace(HALVES, group="lab"), fleet, 2)), "canary") == 1
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {}, {"x": np.zeros((3, 1, 8, 8)), "y": np.zeros(2, int)}, {"x": np.full((1, 4), np.nan), "y": np.zeros(1, int)},
+        {"x": np.zeros((3, 4)), "y": np.zeros(3)}, {"x": np.zeros((0, 4)), "y": np.zeros(0, int)}, {"x": np.zeros((3, 4))},
+    ],
+)  # fmt: skip
+def test_a_self_test_batch_that_devices_cannot_use_is_not_published(tmp_path, wrong):
+    registry, batch = repository(tmp_path), io.BytesIO()
+    np.savez(batch, **wrong)
+    for data in (batch.getvalue(), b"hello", b""):
+        with pytest.raises(Refused, match="self-test batch"):
+            create_release(tmp_path, "digits", data, registry)
 
 
 def test_a_budget_shows_on_a_few_devices_what_medians_cannot(world):

@@ -213,6 +213,18 @@ def test_what_a_model_takes_is_measured_where_no_trial_did(tmp_path, monkeypatch
     assert one.loaded()[0].bytes == 80 << 20
 
 
+def test_what_other_threads_take_while_it_loads_is_not_the_models(tmp_path, monkeypatch):
+    data, x = written()
+    place = put(tmp_path, 1, {"flagship/onnx": data})
+    (digest,) = _digests(data)
+    keep_trial(place, 1, Trial(loaded_bytes={digest: 1 << 20}))
+    resident = iter([10 << 20, 900 << 20])
+    monkeypatch.setattr(fedcore_device.runtime, "_resident", lambda: next(resident, 0))
+    one = made(tmp_path, memory=50 << 20)
+    one.predict("digits", x)
+    assert one.loaded()[0].bytes == 1 << 20
+
+
 def flaky(fails, delegate_fails):
     """`open_artefact` with an accelerator that cannot open, cannot run, or fails later."""
     opened = []

@@ -19,7 +19,9 @@ from fedcore_device.standing import judge, read_standings, signals_of
 from registry_world import DAY, NOW
 from release_fake import OTHER, Device, Gateway, batch_of, content
 
+import fedcore.registry.install
 from fedcore.errors import Refused, TryAgain
+from fedcore.registry.delta import make_delta
 from fedcore.registry.disk import alone
 
 
@@ -156,6 +158,27 @@ def test_limits_of_the_owner(tmp_path, tried):
     one.assign(4, files={("flagship", "onnx"): bytes(20_001)})
     assert "20001 bytes; [updates] largest_bytes = 20000" in one.step()
     assert one.pointer().current.version == 3
+
+
+def test_no_delta_on_the_way_gives_more_than_the_owner_allows(tmp_path, tried, monkeypatch):
+    one, unpacked = Device(tmp_path / "agent", largest_bytes=30_000), []
+    original = fedcore.registry.install.apply_delta
+    monkeypatch.setattr(fedcore.registry.install, "apply_delta", lambda *given: unpacked.append(given[3]) or original(*given))
+    one.assign(1)
+    assert not one.step()
+    old, new = content(1), content(2)
+    large = 50 * new
+    one.repository.offer(2, {("flagship", "onnx"): new}, deltas=False)
+    one.repository.add_artefact(7, large, "flagship", "onnx", "other")
+    for base, result in ((old, large), (large, new)):
+        ends = {"base": hashlib.sha256(base).hexdigest(), "result": hashlib.sha256(result).hexdigest()}
+        path, change = f"releases/digits/2/deltas/{len(result)}.fcd", make_delta(base, result)
+        one.repository.add(path, change, kind="delta", model="digits", version=2, codec="x", **ends)
+    one.repository.publish()
+    one.gateway.wanted = 2
+    assert not one.step()
+    assert one.runs() == 2
+    assert unpacked == []
 
 
 def test_five_versions_behind_and_a_month_offline(device):
@@ -328,6 +351,7 @@ def test_an_unfit_release_is_told_of_once_and_not_tried_again(device, tried):
     tried["outcome"] = Refused("self-test: agreement 0.31 is below 0.95")
     assert "agreement 0.31" in device.step()
     assert device.runs() == 1
+    assert len(list((device.place / "files").iterdir())) == 2, "what was refused takes no room"
     device.gateway.asked.clear()
     device.restarted()
     for _ in range(3):

@@ -115,8 +115,9 @@ def test_only_some_tiers_and_nothing_that_failed(world):
     (folder / "wearable" / "onnx" / "model.onnx").unlink()
     with pytest.raises(Refused, match="is not there"):
         release_items(folder, "digits", 1, None, files, load(files))
-    (folder / "export.json").write_text("[]")
-    with pytest.raises(Refused, match="no export's table"):
-        release_items(folder, "digits", 1, None, files, load(files))
+    for table in ("[]", '{"rows": "abc"}', '{"rows": [{}]}', '{"rows": [{"gate": "pass", "status": "exported"}]}'):
+        (folder / "export.json").write_text(table)
+        with pytest.raises(Refused, match="no export's table"):
+            release_items(folder, "digits", 1, None, files, load(files))
     with pytest.raises(Refused, match="fedcore export makes it"):
         release_items(place, "digits", 1, None, files, load(files))

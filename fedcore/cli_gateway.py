@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shlex
 import signal
 import sys
@@ -115,6 +116,8 @@ def _show_result(result: dict[str, Any], directory: Path, *, as_json: bool) -> N
         print(json.dumps({"event": "result", "directory": str(directory), **result}), flush=True)
         return
     console = new_console()
+    if "ended" in result:
+        console.print(f"ended early: {result['ended']}", highlight=False, soft_wrap=True)
     size = ", ".join(f"{kind} {human_bytes(count)}" for kind, count in result["model_bytes"].items())
     console.print(f"accuracy {result['accuracy']:.4f}; model {size}; {directory / 'report.html'}", highlight=False)
     if "release" in result:
@@ -135,6 +138,8 @@ def token(
 ) -> None:
     """Make enrolment tokens, one a line; each enrols one device, once."""
     with clear_errors():
+        if not math.isfinite(hours):
+            raise Refused(f"--hours takes a number of hours, got {hours:g}")
         signer = _folder(fleet).signer()
         try:
             for _ in range(count):

@@ -20,6 +20,7 @@ import torch
 from typer.testing import CliRunner
 
 from fedcore.cli import app
+from fedcore.cli_gateway import _show_result
 from fedcore.config import load_config
 from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway, offering
@@ -450,6 +451,19 @@ def test_what_a_device_says_of_itself_commands_no_terminal(tmp_path):
     assert "?]0;1.0?" in said
     assert "[bold]pi" in said
     assert "\x1b" not in said
+
+
+def test_a_token_lasts_a_number_of_hours(tmp_path):
+    FleetFolder.open(tmp_path / "fleet", "watches")
+    for hours in ("nan", "inf"):
+        done = CliRunner().invoke(app, ["device", "token", "--fleet", str(tmp_path / "fleet"), "--hours", hours])
+        assert done.exit_code == 2, done.output
+        assert "takes a number of hours" in done.output
+
+
+def test_a_run_that_ended_early_says_why(capsys):
+    _show_result({"accuracy": 0.5, "model_bytes": {}, "ended": "round 3: the budget is spent"}, Path("run"), as_json=False)
+    assert "ended early: round 3: the budget is spent\n" in capsys.readouterr().out
 
 
 def test_serve_refuses_what_devices_cannot_do(tmp_path):

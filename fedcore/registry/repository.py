@@ -12,7 +12,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, TypeVar
 
 from securesystemslib.signer import SSlibKey
@@ -44,6 +44,7 @@ from fedcore.registry.roles import (
     TIMESTAMP,
     TIMESTAMP_NAME,
     is_signed,
+    issued_at,
     metadata_name,
     moment,
     parse_metadata,
@@ -68,6 +69,7 @@ __all__ = [
 ]
 
 Write = tuple[str, bytes]
+_CLOCKS = timedelta(hours=1)  # by which machines that sign may differ
 _S = TypeVar("_S", Root, Timestamp, Snapshot, Targets)
 
 
@@ -194,7 +196,17 @@ def publication(state: State, items: Sequence[Item], signers: Signers, now: date
 
 
 def renewal(state: State, signers: Signers, now: datetime) -> tuple[list[str], list[Write]]:
-    """What `renew` signs and writes."""
+    """What `renew` signs and writes.
+
+    Raises:
+        Refused: the last timestamp is from the future; devices that saw it would take none that is signed now.
+    """
+    issued = issued_at(state.timestamp)
+    if issued is not None and issued > now + _CLOCKS:
+        raise Refused(
+            f"the last timestamp was signed on {issued:%Y-%m-%d %H:%M} UTC, and this machine's clock says {now:%Y-%m-%d %H:%M}; if "
+            "the clock was wrong then, devices wait until fedcore registry rotate-keys --role timestamp makes them forget it"
+        )
     writes: list[Write] = []
     root = state.root
     if now >= warns_at(ROOT, root.expires) and _at_hand(root, ROOT, signers):

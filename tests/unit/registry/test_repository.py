@@ -298,6 +298,19 @@ def test_renewal_keeps_a_repository_alive_and_signs_what_ends_soon(world):
     assert [line.split(":")[0] for line in world.problems(NOW + 700 * DAY)] == ["releases"]
 
 
+def test_a_timestamp_from_the_future_is_told_of_and_forgotten_by_a_rotation(world, tmp_path):
+    renew(world.files, world.signers, NOW + 300 * DAY)  # by a machine whose clock was wrong
+    client = world.client()
+    client.refresh(NOW, 9.0)
+    with pytest.raises(Refused, match=r"signed on .* rotate-keys --role timestamp"):
+        renew(world.files, world.signers, NOW)
+    fresh = new_key(tmp_path / "fresh", "timestamp")
+    signers = {**world.signers, **load_signers([tmp_path / "fresh"])}
+    rotate(world.files, "timestamp", None, fresh, signers, NOW)
+    assert renew(world.files, signers, NOW) == ["snapshot", "timestamp"]
+    client.refresh(NOW, 9.0)
+
+
 def test_an_end_is_announced_before_it_comes(world):
     def lines(days):
         return [(one.kind, one.text.split(" ")[0]) for one in audit(world.files, NOW + days * DAY)]

@@ -28,6 +28,7 @@ from fedcore.state.gateway import Contribution, GatewayStore, Round, RoundState,
 __all__ = ["Conductor", "Finished", "Forming", "Present"]
 
 _GRACE = 5.0  # seconds that a device may need to check in again
+_FOR_SPARE = 0.1  # of the window, waited for devices beyond the goal
 _PATIENCE = 60.0  # seconds that a store may be away in the middle of a round
 _T = TypeVar("_T")
 _GIVES_NOTHING = ENDS | {pb.INELIGIBLE}
@@ -88,14 +89,18 @@ class Conductor:
     def gather(self, forming: Forming, resting: Collection[int] = ()) -> list[int]:
         """Devices to work in the round, none of them ``resting``: wait until enough check in or the window ends, then draw.
 
+        Where only devices beyond the goal are missing, a tenth of the window is waited for them: a fleet may have no more.
+
         Raises:
             RoundFailed: fewer than the minimum checked in; the round is closed.
             BudgetSpent: likewise, and with those that rest there would be enough.
         """
-        selection = forming.document.selection
+        selection, end = forming.document.selection, forming.document.until
+        until = end
         while True:
             present = [one.device for one in self.present(forming) if one.device not in resting]
-            if len(present) >= selection.asked or self._clock() >= forming.document.until:
+            until = min(until, self._clock() + selection.window * _FOR_SPARE) if len(present) >= selection.goal else end
+            if len(present) >= selection.asked or self._clock() >= until:
                 break
             self._sleep(self._pause)
         if len(present) < selection.minimum:

@@ -102,7 +102,9 @@ class BufferedDevices(DeviceGrid):
                 admitted += len(chosen)
             active = self._versions.now() if arrived or chosen else active
             if self._versions.now() - active > self._selection.deadline + self._selection.window:
-                raise RoundFailed(f"{len(parts)} of {self._config.buffer} updates came, and nobody asks for work any more")
+                reasons = [reason for one in self._open.values() for reason in self._versions.gone(one).values()]
+                why = f"; a device said: {reasons[-1]}" if reasons else ""
+                raise RoundFailed(f"{len(parts)} of {self._config.buffer} updates came, and nobody takes work any more{why}")
             self._versions.pause()
         discarded, late = self._expire(given.version)
         parts += late

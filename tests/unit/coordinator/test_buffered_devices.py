@@ -244,5 +244,14 @@ def test_who_fails_or_is_silent_makes_room_and_plans_do_not_expire_in_anybodys_h
 
 
 def test_when_nobody_comes_the_run_ends_with_a_reason(world):
-    with pytest.raises(RoundFailed, match="0 of 2 updates came, and nobody asks for work"):
+    with pytest.raises(RoundFailed, match="0 of 2 updates came, and nobody takes work any more$"):
         collect(world, world.coordinator(), 0, None, *[lambda: None] * 400)
+
+
+def test_when_everybody_refuses_the_reason_is_a_devices(world):
+    def refuses():
+        note = Note(1, json.dumps({"outcome": pb.REFUSED_PLAN, "text": "the plan is content with 2 devices"}), world.now)
+        world.store.note(world.round(0).key, REPORT, [note])
+
+    with pytest.raises(RoundFailed, match="a device said: refused_plan: the plan is content with 2 devices"):
+        collect(world, world.coordinator(), 0, None, lambda: world.waits(1), lambda: None, refuses, *[lambda: None] * 400)

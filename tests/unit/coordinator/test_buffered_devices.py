@@ -244,7 +244,7 @@ def test_who_fails_or_is_silent_makes_room_and_plans_do_not_expire_in_anybodys_h
 
 
 def test_when_nobody_comes_the_run_ends_with_a_reason(world):
-    with pytest.raises(RoundFailed, match="0 of 2 updates came, and nobody takes work any more$"):
+    with pytest.raises(RoundFailed, match=r"0 of 2 updates came, and nobody takes work any more$"):
         collect(world, world.coordinator(), 0, None, *[lambda: None] * 400)
 
 

@@ -210,9 +210,9 @@ class Deployment:
         if target != "gateway":
             part = self.parts[target]
             return part.process.pid if part.running and part.process else None
-        file = str(self.fleet / "gateway.json").encode()
-        found = [one for one in _processes() if file in one[1].split(b"\0")]
-        return found[0][0] if found else None
+        place = f"{self.fleet}/gateway.".encode()  # its settings, by the name that they had when it began
+        found = [number for number, line in _processes() if any(part.startswith(place) for part in line.split(b"\0"))]
+        return found[0] if found else None
 
     def kill(self, target: str) -> bool:
         """Send signal 9 to a part; whether there was anybody."""

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from types import FrameType
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -38,17 +42,38 @@ def human_seconds(seconds: float) -> str:
 def follow(run: FederatedRun, console: Console, *, as_json: bool) -> None:
     """Run the rounds that are left and show them as they come."""
     if as_json:
-        for metrics in run.rounds():
+        for metrics in _heeding(run.rounds()):
             print(json.dumps({"event": "round", **metrics}), flush=True)
     elif console.is_terminal and isinstance(run, SimulatedRun):
         _follow_live(run, console)
     else:
         console.print(_headline(run), highlight=False, soft_wrap=True)
         watch = _Watch(run)
-        for metrics in run.rounds():
+        for metrics in _heeding(run.rounds()):
             console.print(_line(metrics, watch), highlight=False, soft_wrap=True)
             if "hint" in metrics:
                 console.print(f"hint: {metrics['hint']}", highlight=False, soft_wrap=True)
+
+
+def _heeding(rounds: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The rounds, which Ctrl-C ends for certain: Python swallows a KeyboardInterrupt that hits while an object is finalized."""
+    usual, heard = signal.getsignal(signal.SIGINT), threading.Event()
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield from rounds
+        return
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        heard.set()
+        usual(number, frame)
+
+    signal.signal(signal.SIGINT, hear)
+    try:
+        for metrics in rounds:
+            if heard.is_set():
+                raise KeyboardInterrupt
+            yield metrics
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 class _Watch:
@@ -125,7 +150,7 @@ def _follow_live(run: SimulatedRun, console: Console) -> None:
         return Group(headline, _table(recent, watch), *([Text(f"hint: {hint}", style="yellow")] if hint else []), bars)
 
     with Live(get_renderable=picture, console=console, refresh_per_second=5):
-        for metrics in run.rounds():
+        for metrics in _heeding(run.rounds()):
             recent = [*recent, metrics][-_RECENT:]
             left, count = f"{watch.left(metrics['round'])} left", f"{metrics['round']}/{watch.total}"
             bars.update(bars.task_ids[0], completed=metrics["round"], count=count, left=left)

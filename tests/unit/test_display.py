@@ -2,14 +2,16 @@
 
 import dataclasses
 import io
+import os
 import re
+import signal
 
 import pytest
 from rich.console import Console
 
 from fedcore.config import PrivacyConfig
 from fedcore.coordinator.run import SimulatedRun
-from fedcore.display import follow
+from fedcore.display import _heeding, follow
 
 FEW = ("run.rounds=4", "quantization.enabled=false", "evaluation.every=0", "cohort.size=3")
 CLIENT = {"unit": "client", "noise_multiplier": 1.0, "delta": 1e-3}
@@ -55,3 +57,27 @@ def test_a_cohort_of_fixed_size_is_shown_with_its_progress(watched):
     shown = set(re.findall(r"clients +\S+ (.*?) +in this round", screen))
     assert "3/3" in shown
     assert not any("planned" in text for text in shown)
+
+
+class Finalized:
+    """An object that is hit by Ctrl-C while it is finalized, where Python ignores the exception."""
+
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_ctrl_c_is_heeded_also_where_python_swallows_it():
+    seen, usual = [], signal.getsignal(signal.SIGINT)
+
+    def rounds():
+        for number in range(10):
+            if number == 3:
+                Finalized()
+            yield {"round": number}
+
+    with pytest.raises(KeyboardInterrupt):
+        seen.extend(one["round"] for one in _heeding(rounds()))
+    assert seen == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is usual
+    assert [one["round"] for one in _heeding(iter([{"round": 1}]))] == [1]

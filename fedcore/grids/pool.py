@@ -167,6 +167,7 @@ def _end_with_parent() -> None:
 def _serve(pipe: Connection, foreign: list[Connection], handler: Handler, shared: Doubles, out: Doubles) -> None:
     _end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interrupt means
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which the parent sends, and may itself take for something else
     for end in foreign:
         end.close()
     with contextlib.suppress(EOFError, OSError):

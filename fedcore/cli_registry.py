@@ -98,11 +98,11 @@ def rotate_keys(
 @app.command(name="sign-step")
 def sign_step(
     place: Place,
-    step: Annotated[Path, typer.Argument(help="A portable training step, made and checked by fedcore.", metavar="FILE")],
+    step: Annotated[Path, typer.Argument(help="A portable training step that you have judged.", metavar="FILE")],
     keys: Keys,
     as_json: Json = False,
 ) -> None:
-    """Publish a training step, signed by the offline targets key: devices run no other code on private data."""
+    """Publish a training step, signed by the offline targets key. The file itself is not looked into: who signs vouches for it."""
     with clear_errors():
         from fedcore.registry.catalogue import step as target
         from fedcore.registry.files import open_files

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,6 +51,9 @@ def run(
         from fedcore.chaos.deployment import Deployment, Layout
         from fedcore.chaos.rehearsal import KINDS, Plan, least, rehearse
 
+        for name, value in (("seconds", seconds), ("every", every)):
+            if not math.isfinite(value):
+                raise Refused(f"--{name}: takes a number of seconds, got {value:g}")
         kinds = [one for one in faults.split(",") if one]
         if unknown := [one for one in kinds if one not in {*KINDS, "clock"}]:
             raise Refused(f"--faults: unknown {unknown[0]!r}; allowed: {', '.join((*KINDS, 'clock'))}")
@@ -141,11 +146,20 @@ def check(
     with clear_errors():
         from fedcore.chaos.check import check_run, store_of
 
+        _check_there("--acknowledged", acknowledged, Path.is_file, "file")
+        _check_there("--uploads", uploads, Path.is_dir, "folder")
+        _check_there("--log", log, Path.is_file, "file")
         where = store or store_of(fleet)
         findings = check_run(directory, where, journals=acknowledged or [], uploads=uploads or [], logs=log or [])
     _show(findings, as_json=as_json)
     if any(one.holds is False for one in findings):
         raise typer.Exit(_BROKEN)
+
+
+def _check_there(option: str, paths: list[Path] | None, test: Callable[[Path], bool], what: str) -> None:
+    """What is not there must not pass for one in which nothing was found."""
+    if missing := [path for path in paths or [] if not test(path)]:
+        raise Refused(f"{option} {missing[0]}: there is no such {what}")
 
 
 def _check_scenario(scenario: Path, overrides: list[str]) -> None:

@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedcore.coordinator.directory import write
 from fedcore.errors import Refused
 from fedcore.terminal import clear_errors, new_console
 
@@ -81,7 +82,7 @@ def _export(directory: Path, targets: list[str], tiers: list[str], micro_python:
         model = hashlib.sha256((directory / "model" / "model.fcm").read_bytes()).hexdigest()
         earlier = clear(place.parent, model)
         rows = release(source, plan, place.parent, told)
-        _replace(place, to_json(rows, earlier, plan, source, model))
+        write(place, to_json(rows, earlier, plan, source, model))
     if as_json:
         print(to_json(rows, (), plan, source, model), end="")
     else:
@@ -191,10 +192,3 @@ def _held(directory: Path) -> Iterator[str]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _replace(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)

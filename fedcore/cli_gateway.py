@@ -81,10 +81,11 @@ def serve(
         if resume and out is None:
             raise Refused("--resume needs --out DIR, the run to continue")
         folder = FleetFolder.open(fleet, config.run.name, host or [])
-        pin_committee(config, folder)
         releases, keys = place_and_keys(config, registry, registry_keys or [])
-        if releases:
-            pin_root(folder.fleet, releases)
+        with folder.served():  # what devices of a fleet that another serves are told at their enrolment stays
+            pin_committee(config, folder)
+            if releases:
+                pin_root(folder.fleet, releases)
         directory = out or next_directory(Path("runs"), config.run.name)
         where = store or folder.store
         open_gateway_store(where).close()  # one that would lose what it acknowledges is refused before anything begins
@@ -135,6 +136,9 @@ def token(
     fleet: FolderOption = FOLDER,
     count: Annotated[int, typer.Option(help="How many, one for each device.", min=1, max=100_000)] = 1,
     hours: Annotated[float, typer.Option(help="How long they can be used.", min=0.01)] = 24.0,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", help="A label of the devices, for release start --group; may be repeated.")
+    ] = None,
 ) -> None:
     """Make enrolment tokens, one a line; each enrols one device, once."""
     with clear_errors():
@@ -143,7 +147,7 @@ def token(
         signer = _folder(fleet).signer()
         try:
             for _ in range(count):
-                print(signer.issue(3600 * hours).encode())
+                print(signer.issue(3600 * hours, labels or []).encode())
         finally:
             signer.close()
 
@@ -164,6 +168,7 @@ def list_devices(fleet: FolderOption = FOLDER, as_json: Json = False) -> None:
             {
                 "device": spell(one.id), "standing": one.standing.value, "reason": one.reason, "last_seen": one.last_seen,
                 "certificate_until": one.not_after, "told": json.loads(one.told) if one.told else {},
+                "labels": list(one.labels),
                 "rounds": sum(times for times, _ in one.participations.values()),
             }
             for one in found
@@ -172,16 +177,39 @@ def list_devices(fleet: FolderOption = FOLDER, as_json: Json = False) -> None:
             for row in rows:
                 print(json.dumps(row))
             return
-        table = Table(
-            "device", "standing", "last seen (UTC)", "runtime", "tier", "agent", "model", "rounds", box=None, padding=(0, 2)
-        )
+        titles = ("device", "standing", "last seen (UTC)", "runtime", "tier", "agent", "model", "rounds", "labels")
+        table = Table(*titles, box=None, padding=(0, 2))
         for row in rows:
             told = row["told"]
             seen = f"{datetime.fromtimestamp(row['last_seen'], UTC):%Y-%m-%d %H:%M:%S}" if row["last_seen"] else "never"
             words = f"{row['standing']}: {row['reason']}" if row["reason"] else row["standing"]
             said = [printable(told.get(name, "")) for name in ("runtime", "tier", "agent_version")]
-            table.add_row(row["device"], words, seen, *said, str(told.get("model_version", 0) or ""), str(row["rounds"]))
+            table.add_row(row["device"], words, seen, *said, str(told.get("model_version", 0) or ""), str(row["rounds"]),
+                          printable(", ".join(row["labels"])))  # fmt: skip
         new_console().print(table if rows else "no device has been here yet")
+
+
+@device.command()
+def label(
+    identity: Annotated[str, typer.Argument(help="The device, 16 hexadecimal digits.", metavar="DEVICE")],
+    labels: Annotated[list[str] | None, typer.Argument(help="All that it is to have; none for none.", metavar="LABEL")] = None,
+    fleet: FolderOption = FOLDER,
+) -> None:
+    """Give a device these labels instead of those that it has: what a device says of itself puts it into no group of a release."""
+    with clear_errors():
+        from fedcore.gateway.identity import read_device
+        from fedcore.state.gateway import open_gateway_store
+
+        number = read_device(identity)
+        folder = _folder(fleet)
+        signer, store = folder.signer(), open_gateway_store(folder.store)
+        try:
+            held = signer.label(number, labels or [])
+            store.label(number, held)
+        finally:
+            signer.close()
+            store.close()
+        print(f"{identity}: {', '.join(held) or 'no label'}")
 
 
 @device.command()
@@ -215,15 +243,16 @@ def sign(
     ],
     key: Annotated[Path, typer.Option(help="The publisher's private key.", metavar="FILE")],
 ) -> None:
-    """Sign a training step or an evaluation graph as the publisher, who has judged it; the signature lies beside it, as .sig."""
+    """Sign a training step or an evaluation graph as the publisher; the signature lies beside it, as .sig.
+
+    What devices would not accept is not signed. That the graph computes what its author says is for you to vouch for.
+    """
     with clear_errors():
+        from fedcore.portable.judge import judge_file
         from fedcore.portable.signature import sign_step
         from fedcore.secagg.keys import read_signing_key
 
-        try:
-            data = step.read_bytes()
-        except OSError as error:
-            raise Refused(f"{step} cannot be read ({error.strerror})") from error
+        data = judge_file(step).data
         step.with_suffix(".sig").write_bytes(sign_step(read_signing_key(key), data))
         print(f"{step.with_suffix('.sig')}, {time.strftime('%Y-%m-%d')}")
 

@@ -22,8 +22,12 @@ __all__ = ["native"]
 native = typer.Typer(no_args_is_help=True, add_completion=False, help="The native trainer: build it for a device, explain it.")
 
 Model = Annotated[str, typer.Argument(help="A scenario (.toml), a model of the zoo, or module:function.", metavar="MODEL")]
-Shape = Annotated[str, typer.Option(help="One example: 1,28,28 or 6,64 or 20. A scenario's data say it.", metavar="N,..")]
+Shape = Annotated[
+    str,
+    typer.Option(help="One example: 1,28,28 or 6,64 or 20. A scenario's data say it; the zoo's have a usual one.", metavar="N,.."),
+]
 Classes = Annotated[int, typer.Option(help="Classes of a model that is no scenario's.", min=1)]
+Loss = Annotated[str, typer.Option(help="cross_entropy or squared. A scenario says it; else cross_entropy.")]
 Float = Annotated[bool, typer.Option("--float", help="Without fake quantization.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
@@ -36,24 +40,35 @@ def build(
     input_shape: Shape = "",
     classes: Classes = 10,
     plain: Float = False,
+    loss: Loss = "",
+    batch: Annotated[list[int] | None, typer.Option(help="A batch size to train with; common ones always work.", min=1)] = None,
     as_json: Json = False,
 ) -> None:
-    """Build the trainer of a model for a device: a library (an object for a microcontroller), its header and its memory plan."""
+    """Build the trainer of a model for a device: a library (an object for a microcontroller), its header and its memory plan, and
+    the description by which a device's agent finds out what it is for."""
     with clear_errors():
         from fedcore.native.deliver import deliver
 
-        found = deliver(*_model(model, input_shape, classes, plain=plain), target, out)
+        module, shape, own, kind = _model(model, input_shape, classes, loss, plain=plain)
+        found = deliver(module, shape, target, out, [*own, *(batch or ())], kind)
         if as_json:
             print(json.dumps(asdict(found)))
             return
-        print(f"{found.file}: {found.code_bytes} bytes of code, {found.parameters} parameters ({found.parameter_bytes} bytes)")
+        size = f"{found.code_bytes} bytes of code, {found.parameters} parameters ({found.parameter_bytes} bytes)"
+        print(f"{found.file}: {size}, for examples of {'x'.join(map(str, shape))}")
         together = f"{found.examples_together} example{'s' if found.examples_together > 1 else ''} at a time"
         print(f"memory of a training step: {found.peak_bytes} bytes, {found.workspace_bytes} of them workspace, {together}")
+        if found.description:
+            files, name = f"{found.file} {found.description}", Path(model).stem.replace(":", "-")
+            print("on a device that runs fedcore-device, as root; it then trains with the library where plans name this model:")
+            print(f"  install -D -m 644 -t /usr/lib/fedcore/native/{name} {files}")
+        else:
+            print(f"fedcore-device cannot use it: {found.no_description}")
 
 
 @native.command()
 def explain(
-    model: Model, input_shape: Shape = "", classes: Classes = 10, plain: Float = False, as_json: Json = False,
+    model: Model, input_shape: Shape = "", classes: Classes = 10, plain: Float = False, loss: Loss = "", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say what is made of a model's layers, and where the time of a training step goes on this processor.
 
@@ -62,7 +77,8 @@ def explain(
     with clear_errors():
         from fedcore.native.explain import explain as measure
 
-        found = measure(*_model(model, input_shape, classes, plain=plain))
+        module, shape, _, kind = _model(model, input_shape, classes, loss, plain=plain)
+        found = measure(module, shape, loss=kind)
         if as_json:
             shown = asdict(found)
             for share in shown["shares"]:
@@ -87,17 +103,25 @@ def explain(
         )  # fmt: skip
 
 
-def _model(name: str, shape: str, classes: int, *, plain: bool) -> tuple[nn.Module, tuple[int, ...]]:
-    """The module and the shape of one example."""
-    from fedcore.config import ModelConfig, load_config
+def _model(
+    name: str, shape: str, classes: int, loss: str, *, plain: bool
+) -> tuple[nn.Module, tuple[int, ...], tuple[int, ...], str]:  # fmt: skip
+    """The module, the shape of one example, the batch sizes that a scenario names, and the loss: ``loss``, if it is given."""
+    from fedcore.config import LOSSES, ModelConfig, load_config
+    from fedcore.config.sections import MODELS
     from fedcore.models import build_model
 
+    if loss and loss not in LOSSES:
+        raise Refused(f"--loss {loss!r}: must be one of {', '.join(LOSSES)}")
     if name.endswith(".toml"):
         from fedcore.coordinator.assembly import assemble
 
         settings = ["engine.name=loop", *(["quantization.enabled=false"] if plain else [])]
         assembly = assemble(load_config(Path(name), settings))
-        return assembly.model, assembly.data.dataset.train.shape
+        training = assembly.config.training
+        return assembly.model, assembly.data.dataset.train.shape, (training.batch_size,), loss or training.loss
+    if not shape and name in MODELS:
+        shape = "6,64" if name == "imu_cnn" else "1,28,28"
     try:
         sizes = tuple(int(size) for size in shape.split(","))
     except ValueError:
@@ -105,4 +129,5 @@ def _model(name: str, shape: str, classes: int, *, plain: bool) -> tuple[nn.Modu
     if not sizes or min(sizes) < 1:
         raise Refused(f"--input-shape {shape!r}: one to three numbers of at least 1 are needed, as 1,28,28")
     here = Path.cwd()
-    return build_model(ModelConfig(name), quantized=not plain, input_shape=sizes, classes=classes, seed=0, folder=here), sizes
+    model = build_model(ModelConfig(name), quantized=not plain, input_shape=sizes, classes=classes, seed=0, folder=here)
+    return model, sizes, (), loss or LOSSES[0]

@@ -35,17 +35,13 @@ def init(
 ) -> None:
     """Make keys and an empty repository. Move the offline keys off this machine, each root key to another place.
 
-    Devices pin REPOSITORY/metadata/1.root.json when they enrol.
+    Devices pin REPOSITORY/metadata/1.root.json when they enrol. A call that was cut off is finished by the same one.
     """
     with clear_errors():
+        from fedcore.registry.beginning import begin
         from fedcore.registry.files import open_files
-        from fedcore.registry.keys import load_signers, make_keys
-        from fedcore.registry.repository import create
 
-        files = open_files(place)
-        _refuse_taken(files.names(), place)
-        keys = make_keys(offline, online, roots, threshold, publishes=publishes)
-        create(files, keys, load_signers([offline, online]), _now())
+        keys = begin(open_files(place), offline, online, roots, threshold, _now(), publishes=publishes)
         found = {role: [key.keyid for key in held.keys] for role, held in keys.items()}
         if as_json:
             print(json.dumps({"keys": found, "root": "metadata/1.root.json"}))
@@ -102,14 +98,18 @@ def sign_step(
     keys: Keys,
     as_json: Json = False,
 ) -> None:
-    """Publish a training step, signed by the offline targets key. The file itself is not looked into: who signs vouches for it."""
+    """Publish a training step or evaluation graph, signed by the offline targets key, if it is one that devices would accept.
+
+    That it computes what its author says is for you to vouch for: the form, the operators and the sizes are what is checked.
+    """
     with clear_errors():
+        from fedcore.portable.judge import judge_file
         from fedcore.registry.catalogue import step as target
         from fedcore.registry.files import open_files
         from fedcore.registry.keys import load_signers
         from fedcore.registry.repository import publish
 
-        item = target(step.name, step.read_bytes())
+        item = target(step.stem, judge_file(step).data)  # HASH.onnx would be five letters too long for a name
         publish(open_files(place), [item], load_signers(keys), _now())
         print(json.dumps({"target": item.path, "bytes": len(item.data)}) if as_json else item.path)
 
@@ -131,13 +131,6 @@ def verify(place: Place, as_json: Json = False) -> None:
             raise typer.Exit(1)
         if not as_json and not findings:
             print("sound")
-
-
-def _refuse_taken(names: list[str], place: str) -> None:
-    from fedcore.errors import Refused
-
-    if names:
-        raise Refused(f"{place}: there are files already; a repository is made in an empty place")
 
 
 def _now() -> datetime:

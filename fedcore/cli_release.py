@@ -46,7 +46,7 @@ def create(
     self_test: Annotated[int, typer.Option(help="Test examples for devices to try it with: they become public.", min=0)] = 64,
     batch: Annotated[Path | None, typer.Option(help="Another self-test batch: x and y in an .npz.", metavar="FILE")] = None,
     deltas: Annotated[int, typer.Option(help="Earlier releases from which a delta leads to this one.", min=0)] = 1,
-    keep: Annotated[int, typer.Option(help="Releases of a model that stay on offer; 0 = all.", min=0)] = 0,
+    keep: Annotated[int, typer.Option(help="Releases that stay on offer beside those that rollouts need; 0 = all.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
     """Publish what passed its gates in DIR as the next release. No device gets it before `fedcore release start`."""
@@ -62,7 +62,8 @@ def create(
         with console.status("self-test batch, deltas, signatures"):
             data = _read(batch) if batch else self_test_batch(export.parent, self_test)
             wanted = [one.strip() for one in tiers.split(",") if one.strip()]
-            made = create_release(export, name, data, registry, tiers=wanted, bases=deltas, keep=keep or None)
+            needed = _needed(fleet) if keep else None
+            made = create_release(export, name, data, registry, tiers=wanted, bases=deltas, keep=keep or None, needed=needed)
         if as_json:
             print(json.dumps(vars(made)))
             return
@@ -82,7 +83,7 @@ def start(
     model: Model = "",
     version: Annotated[int, typer.Option(help="The release; the newest one if not given.", min=0)] = 0,
     canary: Annotated[str, typer.Option(help="Share of the fleet that gets it first.", metavar="SHARE")] = "5%",
-    group: Annotated[str, typer.Option(help="Only devices of this label first, half of them as control.", metavar="LABEL")] = "",
+    group: Annotated[str, typer.Option(help="Only devices that you labelled so first, half as control.", metavar="LABEL")] = "",
     stages: Annotated[str, typer.Option(help="Shares after the canary.", metavar="SHARE,..")] = "20%,50%",
     control: Annotated[str, typer.Option(help="Share that keeps what it has until the last stage is over.")] = "40%",
     window: Annotated[float, typer.Option(help="Seconds after which a device's reports become its vote.", min=1.0)] = 86_400.0,
@@ -90,6 +91,7 @@ def start(
     budget: Annotated[list[str] | None, typer.Option(help="p95_ms=50: too much for a device; may be repeated.")] = None,
     hardware: Annotated[list[str] | None, typer.Option(help="A hardware model that is judged apart; may be repeated.")] = None,
     corrupt: Annotated[str, typer.Option(help="Share of devices that may lie.")] = "5%",
+    kept: Annotated[int, typer.Option("--keep-rollouts", help="Rollouts that stay; audit records all do.", min=1)] = 20,
     size: Annotated[int, typer.Option("--fleet-size", help="Devices; 0 = as many as asked for the model lately.", min=0)] = 0,
     as_json: Json = False,
 ) -> None:
@@ -111,7 +113,8 @@ def start(
         rising = [share_of(one) for one in [canary, *filter(None, stages.split(","))]]
         steps = (rising[0], *(one for one in rising[1:] if one > rising[0]))
         shape = Shape(
-            steps, share_of(control), window, group, tuple(hardware or ()), share_of(corrupt), size, _budgets(budget or [])
+            steps, share_of(control), window, group, tuple(hardware or ()), share_of(corrupt), size, _budgets(budget or []),
+            kept,
         )  # fmt: skip
         with deployment.control() as held:
             name = model or _only({name for name, _ in catalogue.releases()})
@@ -124,11 +127,13 @@ def start(
         else:
             print(f"{state.plan.name}: {state.plan.stages[0]:.1%} of {state.plan.fleet} devices first; {state.plan.baseline} stays "
                   f"with the others")  # fmt: skip
+            if all(one.name != "disagreement" for one in state.plan.signals):
+                print("agreement is not compared: not both releases have a self-test batch")
 
 
 @app.command()
-def promote(model: Model = "", why: Why = "", by: By = "", fleet: Fleet = FLEET, as_json: Json = False) -> None:
-    """Go on to the next stage though evidence has not ruled harm out; recorded as an override, so --why is needed."""
+def promote(model: Model = "", why: Why = "by hand", by: By = "", fleet: Fleet = FLEET, as_json: Json = False) -> None:
+    """Go on to the next stage, after the last one to all devices, whatever the evidence says; it is recorded with the order."""
     _ordered("promote", model, why, by, fleet, as_json=as_json)
 
 
@@ -212,12 +217,13 @@ def compare(
     """Compare two releases by what devices reported, with intervals that hold however often one looks (together at 95 %)."""
     with clear_errors():
         from fedcore.coordinator.releases import compared
+        from fedcore.registry.journal import plain
 
         with _deployment(fleet).control() as control:
             name = model or _only(control.models())
             rows, together = compared(control, name, a, b)
         if as_json:
-            print(json.dumps({"model": name, "side_by_side": together, "rows": [vars(row) for row in rows]}))
+            print(json.dumps({"model": name, "side_by_side": together, "rows": [plain(vars(row)) for row in rows]}))
             return
         table = Table("signal", "n", f"A: {a}", f"B: {b}", "B against A", "", box=None, header_style="bold", padding=(0, 2))
         for row in rows:
@@ -258,7 +264,8 @@ def _ordered(what: str, model: str, why: str, by: str, fleet: Path, *, as_json: 
         if as_json:
             print(json.dumps({"rollout": state.plan.name, "phase": state.phase, "stage": state.stage}))
         else:
-            place = f", stage {state.stage} ({state.plan.stages[state.stage]:.0%})" if state.phase == "running" else ""
+            stages = state.plan.stages
+            place = f", stage {state.stage + 1} of {len(stages)} ({stages[state.stage]:.0%})" if state.phase == "running" else ""
             print(f"{state.plan.name} is {state.phase}{place}")
 
 
@@ -274,6 +281,14 @@ def _deployment(fleet: Path, place: str = "") -> Deployment:
     from fedcore.coordinator.rollouts import Deployment
 
     return Deployment.of(fleet, place)
+
+
+def _needed(fleet: Path) -> dict[str, set[int]] | None:
+    """The releases that a fleet's rollouts need; None where there is no fleet."""
+    if not (fleet / "fleet").is_dir():
+        return None
+    with _deployment(fleet).control() as control:
+        return control.needed()
 
 
 def _registry(place: str, fleet: Path, keys: list[Path]) -> Registry:
@@ -324,7 +339,7 @@ def _picture(held: dict[str, Any]) -> Group:
         fine = "" if one["fine"] is None else f"{one['fine']:.1f} of {one['fine_needed']:.1f}"
         verdict = "harmful" if one["harmful"] else "harmless" if one["harmless"] else ""
         name = one["signal"] if one["group"] == "all" else f"{one['signal']} ({one['group']})"
-        harm = f"{one['harm']:.1f} of {one['harm_needed']:.1f}"
+        harm = "beyond doubt" if one["harm"] is None else f"{one['harm']:.1f} of {one['harm_needed']:.1f}"
         tests.add_row(name, f"{one['canary']} / {one['control']}", harm, fine, verdict)
     versions = ", ".join(f"{count} on {version if version != '0' else 'none'}" for version, count in held["versions"].items())
     lines = [words, f"of {held['fleet']} devices: {versions or 'none was here lately'}"]

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from fedcore.config import LOSSES
 from fedcore.coordinator.run import FederatedRun, SimulatedRun
 
 __all__ = ["follow", "human_bytes", "human_seconds"]
@@ -91,10 +92,11 @@ class _Watch:
 
 def _headline(run: FederatedRun) -> str:
     config, engine = run.config, run.assembly.engine
+    loss = "" if config.training.loss == LOSSES[0] else f", {config.training.loss} loss"
     start = f", continuing after round {run.first_round - 1}" if run.first_round > 1 else ""
     return (
         f"{config.run.name}: {config.data.dataset}, {len(run.assembly.data.clients)} clients, {_who_trains(run)}, "
-        f"{config.model.name}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {run.grid.place}){start}"
+        f"{config.model.name}{loss}, {config.strategy.name}; engine {engine.name} ({engine.reason}; {run.grid.place}){start}"
     )
 
 

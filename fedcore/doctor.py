@@ -39,6 +39,7 @@ _PACKAGES = (
     ("opacus", "differential privacy of training examples", "server", False),
     ("dp-accounting", "privacy accounting", "server", False),
     ("redis", "state shared by several machines", "server", False),
+    ("ray", 'workers on several machines (engine.workers = "ray")', "ray", False),
     ("seglearn", "the smartwatch data set", "data", False),
     ("flwr-datasets", "data sets of the Flower hub (flower:NAME; needs a network)", "", False),
 )

@@ -5,13 +5,14 @@ Checked against flwr 1.41: a Message can be built only where ``TaskIdentity`` is
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
 import os
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, NoReturn, Protocol, TypeVar
 
 for _name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"):
@@ -19,8 +20,10 @@ for _name in ("FLWR_DISABLE_UPDATE_CHECK", "FLWR_DISABLE_RUNTIME_DEPENDENCY_INST
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 import numpy as np  # noqa: E402 - flwr reads its environment when imported
+import numpy.lib.format as npy  # noqa: E402
 import numpy.typing as npt  # noqa: E402
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict  # noqa: E402
+from flwr.common.constant import SType  # noqa: E402
 from flwr.serverapp import Grid  # noqa: E402
 from flwr.serverapp.strategy import Strategy  # noqa: E402
 from flwr.supercore.run import Run  # noqa: E402
@@ -60,6 +63,7 @@ logging.getLogger("flwr").setLevel(logging.ERROR)
 Floats = npt.NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 _FACTS = "fedcore-facts"
+_HEADER = 512  # bytes that hold the header of a stored array
 NOBODY = -1
 """The node of a message about a cohort that happens to be empty."""
 METRICS = {MessageType.TRAIN: ("num-examples", "train_loss"), MessageType.EVALUATE: ("num-examples", "accuracy", "loss")}
@@ -85,7 +89,7 @@ def seed_strategies(seed: int, round_number: int) -> None:
 
 def to_record(layout: ParameterLayout, flat: Floats) -> ArrayRecord:
     """The flat parameters [d] as an ArrayRecord by name."""
-    return ArrayRecord({name: Array(values) for name, values in layout.split(flat).items()})
+    return ArrayRecord({name: to_array(values) for name, values in layout.split(flat).items()})
 
 
 def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
@@ -94,7 +98,30 @@ def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
     Raises:
         Refused: names or shapes are not the model's.
     """
-    return layout.join({name: array.numpy() for name, array in record.items()})
+    return layout.join({name: from_array(array) for name, array in record.items()})
+
+
+def to_array(values: npt.NDArray[Any]) -> Array:
+    """What ``Array(values)`` is, written with one copy of the values."""
+    values = np.asarray(values, order="C")
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
+    return Array(str(values.dtype), values.shape, SType.NUMPY, b"".join((header.getvalue(), values.data)))
+
+
+def from_array(array: Array) -> npt.NDArray[Any]:
+    """What ``array.numpy()`` is, read-only and without a copy where the array is stored as `to_array` stores it."""
+    head = io.BytesIO(array.data[:_HEADER])
+    if array.stype != SType.NUMPY or array.data[:8] != npy.magic(1, 0):
+        return array.numpy()
+    npy.read_magic(head)
+    try:
+        shape, columns_first, dtype = npy.read_array_header_1_0(head)
+    except ValueError:  # a longer header than arrays of numbers have
+        return array.numpy()
+    if columns_first or dtype.hasobject:
+        return array.numpy()
+    return np.frombuffer(array.data, dtype, math.prod(shape), head.tell()).reshape(shape)
 
 
 def only_record(message: Message, kind: type[Record]) -> Record:
@@ -132,12 +159,12 @@ def check_addressees(messages: Sequence[Message], nodes: Sequence[int]) -> None:
     Raises:
         Refused: something that is no message, or a message to a node that does not take part or has one already.
     """
-    seen = set[int]()
+    drawn, seen = frozenset(nodes), set[int]()
     for message in messages:
         if not isinstance(message, Message):
             raise Refused(f"the strategy must give messages, it gave a {type(message).__name__}")
         node = message.metadata.dst_node_id
-        if node not in nodes or node in seen:
+        if node not in drawn or node in seen:
             raise Refused(
                 f"the strategy sent a message to node {node}, which {'has one already' if node in seen else 'was not drawn'}"
             )
@@ -222,7 +249,7 @@ def answer_all(answers: Sequence[Answer], cohort: Facts) -> list[Message]:
     for i, answer in enumerate(answers):
         facts = Facts.merge([answer.facts, *([] if i else [cohort])])
         content = RecordDict(
-            {"metrics": MetricRecord(dict(answer.metrics)), _FACTS: ConfigRecord({"json": json.dumps(asdict(facts))})}
+            {"metrics": MetricRecord(dict(answer.metrics)), _FACTS: ConfigRecord({"json": json.dumps(vars(facts))})}
         )
         if answer.arrays is not None:
             content["arrays"] = answer.arrays

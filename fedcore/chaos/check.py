@@ -221,7 +221,7 @@ def _model(facts: _Run, rounds: Sequence[KnownRound]) -> Finding:
     test = assembly.data.dataset.test
     load_flat(assembly.model, torch.from_numpy(facts.master))
     with float_arithmetic(assembly.model):
-        score = evaluate(assembly.model, torch.from_numpy(test.x), torch.from_numpy(test.y))
+        score = evaluate(assembly.model, torch.from_numpy(test.x), torch.from_numpy(test.y), config.training.loss)
     if not (math.isfinite(score.loss) and 0 <= score.accuracy <= 1):
         return Finding(name, False, f"the model's loss is {score.loss}")
     words = f"{len(facts.metrics)} rounds, accuracy {score.accuracy:.4f}"

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedcore import durable
 from fedcore.chaos.journal import ACKNOWLEDGED, ENDED, MADE, REFUSED, Entry, append
 from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
@@ -114,7 +115,7 @@ class _Device:
         key = read_signing_key(key_file)
         if not kept.exists():
             one = enrol(self._gateway(), self._orders.token, key, timeout=_PATIENCE)
-            _replace(kept, json.dumps([one.enrolment.encode().hex(), one.trust.encode().hex()]).encode())
+            durable.write(kept, json.dumps([one.enrolment.encode().hex(), one.trust.encode().hex()]).encode(), 0o600)
         enrolment, trust = (bytes.fromhex(text) for text in json.loads(kept.read_text()))
         identity = Enrolled(key, Enrolment.decode(enrolment), FleetTrust.decode(trust))
         self._requests = Requests(identity, self._number, clock=lambda: time.time() + self._orders.ahead)
@@ -153,10 +154,10 @@ class _Device:
             raise Refused(f"the plan asks for an upload in {plan.upload_encoding!r}, which takes a device that trains")
         time.sleep(self._rng.uniform(0, self._orders.work))
         digest = hashlib.sha256(data).hexdigest()
-        _replace(self._folder / "uploads" / digest, data)
+        durable.write(self._folder / "uploads" / digest, data, 0o600)
         work = {"task": plan.task, "round": plan.round, "digest": digest, "token": assignment.token.hex()}
         append(self._folder / "journal.jsonl", Entry(MADE, plan.task, plan.round, digest))
-        _replace(self._folder / "work.json", json.dumps(work).encode())
+        durable.write(self._folder / "work.json", json.dumps(work).encode(), 0o600)
         return work
 
     def _send(self, client: GatewayClient, work: dict[str, Any]) -> None:
@@ -188,7 +189,7 @@ class _Device:
         """A number that no request had before; durable before it is given."""
         if self._next >= self._reserved:
             start = self._kept("numbers.json").get("reserved", 0)
-            _replace(self._folder / "numbers.json", json.dumps({"reserved": start + _BLOCK}).encode())
+            durable.write(self._folder / "numbers.json", json.dumps({"reserved": start + _BLOCK}).encode(), 0o600)
             self._next, self._reserved = start, start + _BLOCK
         self._next += 1
         return self._next
@@ -198,22 +199,6 @@ class _Device:
             return dict(json.loads((self._folder / name).read_text()))
         except FileNotFoundError:
             return {}
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Replace a file: after a crash it is the old one or the new one, whole."""
-    fresh = path.with_name(f".{path.name}.new")
-    descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def main() -> None:

@@ -31,7 +31,8 @@ MESSAGES = Faults(drop=0.06, duplicate=0.08, delay=0.08, reorder=0.06, truncate=
 @dataclass(frozen=True)
 class Plan:
     """How a deployment is beaten: ``kinds`` of `KINDS`, by a ``seed``, with a blow ``every`` so many seconds for at most
-    ``seconds`` (and ``most`` blows, if that is not 0); then it has ``patience`` seconds to finish its run. ``targets`` are who may
+    ``seconds`` (and ``most`` blows, if that is not 0); the network does harm all that time. Then it has ``patience`` seconds to
+    finish its run. ``targets`` are who may
     be hit, all where none is named."""
 
     seed: int
@@ -123,6 +124,8 @@ def _beat(deployment: Deployment, plan: Plan, judged: Judged, tell: Callable[[st
             return
         if _strike(deployment, blow, judged, tell):
             judged.happened[f"{blow.kind} {blow.target.rpartition('-')[0] or blow.target}"] += 1
+    if "network" in plan.kinds:  # which goes on when no blow is left
+        _wait(deployment, end - time.monotonic(), judged, tell)
 
 
 def _strike(deployment: Deployment, blow: Blow, judged: Judged, tell: Callable[[str], None]) -> bool:

@@ -63,7 +63,7 @@ class Assembly:
     @property
     def layout(self) -> ParameterLayout:
         """The parameters that train and travel."""
-        return layout_of(self.model, trainable=True)
+        return layout_of(self.model, trainable=True, weights=self.config.wire.model)
 
 
 @contextmanager
@@ -98,10 +98,12 @@ def assemble(config: RunConfig) -> Assembly:
     model = _model(config, data)
     sample = dataset.train.take(data.calibration[:4])
     check_model(model, torch.from_numpy(sample.x), len(dataset.labels))
-    engine = choose_engine(config.engine, model, sample.shape)
+    engine = choose_engine(
+        config.engine, model, sample.shape, private=config.unit_privacy("example") is not None, loss=config.training.loss
+    )
     resolved = config.replace("engine", name=engine.name, device=engine.device)
     if config.unit_privacy("example"):
-        check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y))
+        check_per_example(model, torch.from_numpy(sample.x), torch.from_numpy(sample.y), config.training.loss)
     dimension = layout_of(model, trainable=True).size
     protection = protect(config, data, strategy, dimension)
     secured = secure(config, data, strategy, protection, dimension)

@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from fedcore import durable
 from fedcore.config import RunConfig, load_config
 from fedcore.errors import Refused
 
@@ -121,11 +122,9 @@ def continued(config: RunConfig, directory: Path) -> RunConfig:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Put a file in place as a whole, folders included: whoever reads it finds the old content or the new."""
+    """Put a file in place durably and as a whole, folders included: whoever reads it finds the old content or the new."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    temporary.replace(path)
+    durable.write(path, content.encode() if isinstance(content, str) else content)
 
 
 def _size(path: Path) -> int:

@@ -27,7 +27,9 @@ from typing import Any
 
 import torch
 
+from fedcore import durable
 from fedcore.coordinator.assembly import Assembly
+from fedcore.coordinator.rollouts import read_settings
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway.deployment import Fleet, make_fleet
 from fedcore.gateway.enrolment import EnrolmentServer, LocalSigner
@@ -95,11 +97,12 @@ class FleetFolder:
 
     @property
     def store(self) -> str:
-        """Path or URL of the gateways' store, as it was served last."""
-        try:
-            return str(json.loads((self.directory / "gateway.json").read_text())["store"])
-        except (OSError, ValueError, KeyError):
-            return str(self.directory / "store.sqlite")
+        """Path or URL of the gateways' store, as it was served last.
+
+        Raises:
+            Refused: gateway.json, which says so, is damaged.
+        """
+        return str(read_settings(self.directory / "gateway.json").get("store") or self.directory / "store.sqlite")
 
     @contextlib.contextmanager
     def served(self) -> Iterator[None]:
@@ -139,9 +142,7 @@ class FleetFolder:
             )
         if enrolled:
             raise Refused(f"{enrolled} devices of {self.directory} pin another committee, or none; a new one takes a new fleet")
-        fresh = self.fleet.trust_file.with_suffix(".new")
-        fresh.write_bytes(dataclasses.replace(trust, committee=bundle.encode()).encode())
-        fresh.replace(self.fleet.trust_file)
+        durable.write(self.fleet.trust_file, dataclasses.replace(trust, committee=bundle.encode()).encode())
 
     def signature(self, step: PortableStep[Any]) -> bytes:
         """The publisher's signature over a step or an evaluation: from steps/, or of the publisher's key where it lies here.
@@ -175,15 +176,15 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
     """
     config, model = assembly.config, copy.deepcopy(assembly.model).eval()
     shape = assembly.data.dataset.train.shape
-    unit = "example" if assembly.protection.example else ""
+    unit, loss = "example" if assembly.protection.example else "", config.training.loss
 
     def export(prefix: str = "") -> dict[str, bytes]:
         cache = folder.directory / "steps" / "checked"
         graphs: dict[str, PortableStep[Any]] = {
-            "step": portable_step(model, shape, batch=config.training.batch_size, unit=unit, cache=cache)
+            "step": portable_step(model, shape, batch=config.training.batch_size, unit=unit, loss=loss, cache=cache)
         }
         if config.evaluation.federated_every:
-            graphs["evaluation"] = portable_evaluation(model, shape, batch=_EVALUATED, cache=cache)
+            graphs["evaluation"] = portable_evaluation(model, shape, batch=_EVALUATED, loss=loss, cache=cache)
         found = {f"{prefix}{name}": graph.data for name, graph in graphs.items()}
         return found | {f"{prefix}{name}-signature": folder.signature(graph) for name, graph in graphs.items()}
 
@@ -198,7 +199,7 @@ def offering(assembly: Assembly, folder: FleetFolder) -> Offering:
     if frozen.size:
         values = frozen.join({name: p.detach().numpy() for name, p in model.named_parameters() if not p.requires_grad})
         blobs["frozen"] = encode_model(frozen.wire_tensors(values))
-    return Offering(blobs, config.wire.update, ("accumulate-1", f"{config.wire.update}-update"))
+    return Offering(blobs, config.wire.update, ("accumulate-1", f"{config.wire.update}-update"), loss)
 
 
 class ServedGateway:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from fedcore import __version__
+from fedcore.config import LOSSES
 from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.checkpoint import Progress
 from fedcore.coordinator.directory import write
@@ -35,7 +36,7 @@ def write_model(directory: Path, assembly: Assembly, progress: Progress) -> tupl
     metadata = {
         "name": config.run.name, "model": config.model.name, "round": str(progress.round_number), "version": __version__,
         "labels": json.dumps(dataset.labels), "mean": json.dumps(dataset.mean), "std": json.dumps(dataset.std),
-    }  # fmt: skip
+    } | ({} if config.training.loss == LOSSES[0] else {"loss": config.training.loss})  # fmt: skip
     blob = encode_model(layout.wire_tensors(everything), progress.ranges, metadata)
     write(directory / "model.fcm", blob)
     sizes = {"fp32": 4 * layout.size, "int8" if config.quantization.enabled else "wire": len(blob)}

@@ -25,6 +25,7 @@ from fedcore.coordinator.release_service import placed
 from fedcore.coordinator.releases import Created, Registry, create_release, self_test_batch
 from fedcore.coordinator.rollouts import Deployment, Order, Shape
 from fedcore.errors import FedcoreError, Refused
+from fedcore.registry.names import check_model
 from fedcore.secagg.committee_wire import one_line
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class Publisher:
     """Publishes for the run in ``directory``; with a ``fleet``'s folder it also starts the rollout.
 
     Raises:
-        Refused: the repository or its keys are not there, or a tier is unknown: before the run begins, not after an hour.
+        Refused: the repository or its keys are not there, a tier is unknown, or the model's name is too long: before the run
+            begins, not after an hour.
     """
 
     def __init__(self, config: RunConfig, directory: Path, fleet: Path | None = None) -> None:
@@ -54,7 +56,7 @@ class Publisher:
         self._tiers = tuple(choose(config.tiers, release.tiers, []).tiers)
         self._registry = Registry.open(placed(config.folder, release.registry), [config.folder / release.keys])
         self._registry.catalogue()
-        self._model = release.model or config.run.name
+        self._model = check_model(release.model or config.run.name)
 
     def due(self, number: int) -> bool:
         """Whether the model after this round is to be released while the run goes on."""
@@ -172,7 +174,9 @@ class Publisher:
 def shape_of(config: RunConfig) -> Shape:
     """How a scenario's releases are rolled out."""
     one = config.release
-    return Shape(one.shares(), share_of(one.control), one.window, corrupt=share_of(one.corrupt), budgets=dict(one.budgets))
+    return Shape(
+        one.shares(), share_of(one.control), one.window, corrupt=share_of(one.corrupt), budgets=dict(one.budgets), kept=one.rollouts
+    )  # fmt: skip
 
 
 def unfit(rows: list[dict[str, Any]], config: RunConfig, tiers: tuple[str, ...]) -> list[str]:

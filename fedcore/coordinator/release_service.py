@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from fedcore import durable
 from fedcore.config import RunConfig
 from fedcore.coordinator.release_status import Steward
 from fedcore.coordinator.releases import Registry
@@ -62,9 +63,7 @@ def pin_root(fleet: Fleet, place: str) -> None:
             f"{enrolled} devices of {fleet.directory} were enrolled before it had releases and pin no root, so they can take none: "
             "serve them without a registry, or enrol them in a new fleet"
         )
-    fresh = fleet.trust_file.with_suffix(".new")
-    fresh.write_bytes(dataclasses.replace(trust, update_root=roots[-1]).encode())
-    fresh.replace(fleet.trust_file)
+    durable.write(fleet.trust_file, dataclasses.replace(trust, update_root=roots[-1]).encode())
 
 
 @contextlib.contextmanager

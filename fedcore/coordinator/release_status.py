@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fedcore.coordinator.releases import Registry, roll_back
-from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl
+from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl, evidence_of
 from fedcore.errors import FedcoreError, TryAgain
+from fedcore.registry.journal import plain
 from fedcore.registry.repository import renew
 from fedcore.registry.rollout import Rollout, Test, decide, exposed
 from fedcore.secagg.committee_wire import one_line
+from fedcore.state.releases import Holding
 
 __all__ = ["Steward", "attend", "standing"]
 
 _LOG = logging.getLogger(__name__)
 _RENEWAL = 6 * 3600.0  # seconds between two signatures of a timestamp, which is good for a day
 _NOTES = 5
+_NUMBER = re.compile(r"[0-9]+(\.[0-9]+)?")
 _BY_EVIDENCE = "evidence"
 
 
@@ -36,20 +40,27 @@ def standing(control: RolloutControl, model: str, now: float | None = None) -> d
     held = control.holdings(model)
     closed, _, _ = decide(state, (), clock)  # of which only the votes are taken
     versions = Counter(one.version for one in held)
-    notes = Counter(f"{one.version} runs, {one.note}" for one in held if one.note)
     return {
         "model": model, "rollout": state.plan.name, "version": state.plan.version, "baseline": state.plan.baseline,
         "rest": state.plan.rest, "phase": state.phase, "stage": state.stage, "stages": list(state.plan.stages),
         "fallback": state.fallback, "fleet": state.plan.fleet, "exposed": exposed(state), "arms": _arms(closed),
-        "tests": [_test(one) for one in _evidence(state, clock)],
+        "tests": [_test(one) for one in evidence_of(state, clock)],
         "versions": {str(version): count for version, count in sorted(versions.items())},
-        "refused": dict(notes.most_common(_NOTES)),
+        "refused": _reasons(held),
     }  # fmt: skip
 
 
-def _evidence(state: Rollout, clock: float) -> tuple[Test, ...]:
-    """What the votes show, also of a rollout that is over; nothing of a first release, which is compared with nothing."""
-    return decide(replace(state, phase="running"), (), clock)[2] if state.plan.baseline else ()
+def _reasons(held: Sequence[Holding]) -> dict[str, int]:
+    """Why devices refused a release, and how many for each reason; reasons that differ in numbers alone are one, by an example."""
+    groups: dict[str, list[str]] = {}
+    for one in held:
+        if one.note:
+            note = f"{one.version} runs, {one.note}"
+            head, colon, reason = note.partition(": ")
+            groups.setdefault(head + colon + _NUMBER.sub("0", reason), []).append(note)
+    found = sorted(groups.values(), key=lambda notes: (-len(notes), min(notes)))
+    shown = {min(notes): len(notes) for notes in found[:_NOTES]}
+    return shown | ({"other reasons": sum(map(len, found[_NOTES:]))} if found[_NOTES:] else {})
 
 
 def _arms(state: Rollout) -> dict[str, dict[str, int]]:
@@ -64,11 +75,11 @@ def _arms(state: Rollout) -> dict[str, dict[str, int]]:
 
 
 def _test(one: Test) -> dict[str, Any]:
-    return {
+    return {name: plain(value) for name, value in {
         "group": one.group, "signal": one.signal, "canary": one.canary, "control": one.control, "harm": one.harm,
         "harm_needed": one.harm_needed, "fine": one.fine, "fine_needed": one.fine_needed, "harmful": one.harmful,
         "harmless": one.harmless,
-    }  # fmt: skip
+    }.items()}  # fmt: skip
 
 
 def attend(control: RolloutControl, model: str, registry: Registry | None) -> str:

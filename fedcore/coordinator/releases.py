@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,6 +19,7 @@ from fedcore.registry.catalogue import ARTEFACT, DELTA, Catalogue
 from fedcore.registry.compare import Row, compare_releases
 from fedcore.registry.files import Files, open_files
 from fedcore.registry.keys import Signers, load_signers
+from fedcore.registry.names import check_model
 from fedcore.registry.release import release_items, rollback_items
 from fedcore.registry.repository import load, publish
 from fedcore.registry.rollout import Rollout, votes
@@ -74,20 +76,29 @@ def export_folder(directory: Path) -> Path:
 
 def create_release(
     export: Path, model: str, batch: bytes | None, registry: Registry, *, tiers: Sequence[str] = (), bases: int = 1,
-    keep: int | None = None,
+    keep: int | None = None, needed: Mapping[str, set[int]] | None = None,
 ) -> Created:  # fmt: skip
     """Publish what passed its gates as the next release of a model.
 
+    With ``keep``, older releases of all models are withdrawn, but for those that are ``needed`` (`RolloutControl.needed`; None:
+    nobody knows).
+
     Raises:
-        Refused: nothing passed, a key is missing, a name cannot stand in a path, or the batch is none. TryAgain: somebody else
-            publishes.
+        Refused: releases would be withdrawn of which nobody knows whether they are needed, nothing passed, a key is missing, a name
+            cannot stand in a path, or the batch is none. TryAgain: somebody else publishes.
     """
+    check_model(model)
     if batch is not None:
         _check_batch(batch)
     state = load(registry.files)
     version = state.catalogue().latest(model) + 1
+    offered = Counter(one for one, _ in state.catalogue().releases())
+    if keep and needed is None and any(count >= keep for count in offered.values()):
+        raise Refused(
+            f"keeping {keep} releases withdraws older ones, and no fleet says which of them its rollouts need: --fleet names one"
+        )
     items = release_items(export, model, version, batch, registry.files, state, bases, tuple(tiers))
-    _patiently(lambda: publish(registry.files, items, registry.signers, datetime.now(UTC), keep))
+    _patiently(lambda: publish(registry.files, items, registry.signers, datetime.now(UTC), keep, needed or {}))
     artefacts = {f"{i.custom['tier']}/{i.custom['runtime']}": len(i.data) for i in items if i.custom["kind"] == ARTEFACT}
     return Created(model, version, artefacts, [len(item.data) for item in items if item.custom["kind"] == DELTA])
 

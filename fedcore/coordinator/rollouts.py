@@ -22,6 +22,7 @@ from fedcore.gateway.releases import Current, as_arm
 from fedcore.privacy.randomness import RandomBytes
 from fedcore.registry.catalogue import Catalogue
 from fedcore.registry.journal import Journal, held
+from fedcore.registry.names import check_model
 from fedcore.registry.rollout import (
     Decision,
     Member,
@@ -38,11 +39,10 @@ from fedcore.registry.rollout_record import decision_record, encode_rollout, ord
 from fedcore.state.gateway import GatewayStore, open_gateway_store
 from fedcore.state.releases import Holding, Membership, RolloutEntry
 
-__all__ = ["Deployment", "Order", "RolloutControl", "Shape", "plan_for", "with_members"]
+__all__ = ["Deployment", "Order", "RolloutControl", "Shape", "evidence_of", "plan_for", "read_settings", "with_members"]
 
 _RECENT = 14 * 86_400  # seconds: a device that was not here for longer is not of the fleet that is counted
 _PATIENCE = 30.0  # seconds to wait for another decider
-_LONGEST_NAME = 40
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Order:
 @dataclass(frozen=True)
 class Shape:
     """How a rollout is to go; see `fedcore.registry.rollout_plan.Plan`. ``fleet`` devices, 0: as many as were here lately.
-    ``budgets``: amounts, as p95_ms, that no more than a quarter of the canary may be above."""
+    ``budgets``: amounts, as p95_ms, that no more than a quarter of the canary may be above. ``kept``: so many of the model's
+    rollouts stay in the store, this one among them; audit records all stay."""
 
     stages: tuple[float, ...] = (0.05, 0.2, 0.5)
     control: float = 0.4
@@ -66,6 +67,7 @@ class Shape:
     corrupt: float = 0.05
     fleet: int = 0
     budgets: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    kept: int = 20
 
 
 @dataclass(frozen=True)
@@ -81,20 +83,39 @@ class Deployment:
         """That of a fleet's folder, as ``fedcore serve`` keeps it.
 
         Raises:
-            Refused: it is no fleet's folder.
+            Refused: it is no fleet's folder, or its gateway.json is damaged.
         """
         if not (fleet / "fleet").is_dir():
             raise Refused(f"{fleet} is no fleet's folder; fedcore serve makes one")
-        try:
-            settings = json.loads((fleet / "gateway.json").read_text())
-        except (OSError, ValueError):
-            settings = {}
+        settings = read_settings(fleet / "gateway.json")
         store = str(settings.get("store") or fleet / "store.sqlite")
         return cls(store, fleet / "releases.jsonl", repository or str(settings.get("repository") or ""))
 
     def control(self) -> RolloutControl:
         """With a connection of its own."""
         return RolloutControl(open_gateway_store(self.store), self.journal)
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """What a gateway of the fleet was begun with; nothing where none ever was.
+
+    Raises:
+        Refused: the file is there and is damaged. Another store than the gateways' would be looked into if it were passed over.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        if isinstance(found, dict):
+            return found
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError):
+        pass
+    raise Refused(
+        f"{path} is damaged, and says where the gateways' store is: put a copy of it back, or remove it if that is "
+        f"{path.parent / 'store.sqlite'}"
+    )
 
 
 class RolloutControl:
@@ -146,6 +167,16 @@ class RolloutControl:
         since = self._clock() - _RECENT
         return [one for one in self._store.releases.holdings(model) if one.seen > since]
 
+    def needed(self) -> dict[str, set[int]]:
+        """By model, the releases that devices may be assigned or go back to: both sides of the current rollout, and what everybody
+        else has. They may not be withdrawn."""
+        found = {}
+        for entry in self._store.releases.rollouts():  # the last of a model stays
+            state = Current.of(entry).state
+            plan = state.plan
+            found[entry.model] = {plan.version, plan.baseline, plan.outside, state.fallback or 0} - {0}
+        return found
+
     def start(
         self, model: str, version: int, catalogue: Catalogue, shape: Shape, order: Order, against: int | None = None
     ) -> Rollout:  # fmt: skip
@@ -156,9 +187,13 @@ class RolloutControl:
         """
         with held(self._journal, _PATIENCE):
             before = self.newest(model)
-            fleet = [one for one in self.holdings(model) if not shape.group or shape.group in one.labels]
-            counted = shape.fleet or len(self.holdings(model))
+            if shape.kept < 1:
+                raise Refused(f"a model's current rollout is kept, so at least 1, got {shape.kept}")
+            here, labelled = self.holdings(model), self._labelled(shape.group) if shape.group else set()
+            fleet = [one for one in here if not shape.group or one.device in labelled]
+            counted = shape.fleet or len(here)
             plan = plan_for(model, version, before.state if before else None, shape, counted, len(fleet), against)
+            plan = replace(plan, signals=_shared(plan, catalogue))
             known = [spell(one.device) for one in fleet]
             secret = draw_secret(plan, known, self._random) if plan.baseline else self._random(32)
             targets = {} if before is None else dict(before.state.targets)
@@ -170,6 +205,7 @@ class RolloutControl:
             record = order_record(state, "start", order.who, order.why, self._clock()) | {"plan": dataclasses.asdict(plan)}
             number = before.entry.number + 1 if before else 1
             self._commit(RolloutEntry(plan.name, model, number, 1, ""), state, record)
+            self._store.releases.prune_rollouts(model, shape.kept)
         return state
 
     def order(self, model: str, what: str, order: Order, fallback: tuple[int, str] | None = None) -> Rollout:
@@ -183,7 +219,8 @@ class RolloutControl:
             state = command(current.state, what, fallback=fallback[0] if fallback else None)
             if fallback is not None:
                 state = replace(state, targets={**state.targets, fallback[0]: fallback[1]})
-            self._commit(current.entry, state, order_record(state, what, order.who, order.why, self._clock()))
+            tests = evidence_of(current.state, self._clock()) if what == "promote" else ()
+            self._commit(current.entry, state, order_record(state, what, order.who, order.why, self._clock(), tests))
         return state
 
     def decide(self, model: str) -> tuple[Rollout, Decision, tuple[Test, ...]]:
@@ -194,6 +231,10 @@ class RolloutControl:
             if decision in {"abort", "promote"}:
                 self._commit(current.entry, state, decision_record(state, decision, tests, self._clock()))
         return state, decision, tests
+
+    def _labelled(self, label: str) -> set[int]:
+        """The devices that the operator gave a label."""
+        return {one.id for one in self._store.devices() if label in one.labels}
 
     def _whole(self, entry: RolloutEntry) -> Current:
         current = Current.of(entry)
@@ -208,6 +249,17 @@ class RolloutControl:
         if not self._store.releases.advance_rollout(replace(entry, revision=revision, document=document)):
             journal.append({"at": self._clock(), "rollout": entry.name, "event": "void", "by": "store", "why": "decided elsewhere"})
             raise TryAgain(f"{entry.name}: somebody else decided about it at this moment; look again")
+
+
+def evidence_of(state: Rollout, clock: float) -> tuple[Test, ...]:
+    """What the votes show, also of a rollout that is paused or over; nothing of a first release, which is compared with nothing."""
+    return decide(replace(state, phase="running"), (), clock)[2] if state.plan.baseline else ()
+
+
+def _shared(plan: Plan, catalogue: Catalogue) -> tuple[Signal, ...]:
+    """The signals that both releases can have: agreement with a self-test batch is one only where each of them has a batch."""
+    both = all(catalogue.self_test(plan.model, one) for one in (plan.version, plan.baseline))
+    return tuple(one for one in plan.signals if both or one.name != "disagreement")
 
 
 def with_members(state: Rollout, rows: Sequence[Membership]) -> Rollout:
@@ -231,15 +283,17 @@ def plan_for(
     Raises:
         Refused: the rollout before has to be ended, the version is not a new one, or the shape makes no sense.
     """
-    if not 1 <= len(model.encode()) <= _LONGEST_NAME:
-        raise Refused(f"a model that is rolled out has a name of 1 to {_LONGEST_NAME} bytes, got {model!r}")
+    check_model(model)
     baseline = _settled(before)
     if before is not None and version <= max(before.plan.version, baseline):
         raise Refused(f"release {version} of {model} is not above {max(before.plan.version, baseline)}, which devices have seen")
     stages, control = shape.stages, shape.control
     if shape.group and baseline:
         if grouped < 2:
-            raise Refused(f"{grouped} devices with the label {shape.group!r} were here lately; a canary and its control take two")
+            raise Refused(
+                f"{grouped} devices with the label {shape.group!r} were here lately; a canary and its control take two "
+                "(fedcore device label gives labels)"
+            )
         half = (grouped + 1) // 2
         first = half / fleet if half / fleet * fleet >= half else math.nextafter(half / fleet, 1.0)
         stages = (first, *(one for one in stages[1:] if one > first))

@@ -20,6 +20,7 @@ import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType
 from flwr.serverapp import Grid
 
+from fedcore.config import LOSSES
 from fedcore.coordinator.assembly import Assembly, naming_the_model
 from fedcore.coordinator.budget import Budget
 from fedcore.coordinator.checkpoint import Origin, Pending, Progress, from_checkpoint, to_checkpoint
@@ -202,7 +203,7 @@ class Coordinator:
         training, example = self.config.training, self.assembly.protection.example
         plan = LocalPlan(
             training.epochs, training.batch_size, training.lr * training.lr_decay ** (number - 1), training.momentum,
-            training.weight_decay, dp=example.plan if example else None,
+            training.weight_decay, dp=example.plan if example else None, loss=training.loss,
         )  # fmt: skip
         # Noise makes an update long, and clipping short: neither is a sign of training that has exploded.
         norm = _norm(progress.master)
@@ -283,6 +284,7 @@ class Coordinator:
         if not messages and (cohort or not task.release):
             raise RoundFailed(f"strategy {self.config.strategy.name} asked no client to train")
         self.assembly.protection.check_messages(messages, task, cohort)
+        _check_loss(messages, task.plan)
         return messages or [to_nobody(arrays, record)]
 
     def _exchange(self, messages: Sequence[Message]) -> tuple[list[Message], Facts]:
@@ -314,13 +316,13 @@ class Coordinator:
         x, y = torch.from_numpy(test.x), torch.from_numpy(test.y)
         load_flat(self._model, torch.from_numpy(progress.master))
         with naming_the_model(self.config), float_arithmetic(self._model):
-            score = evaluate(self._model, x, y)
+            score = evaluate(self._model, x, y, self.config.training.loss)
         if not self.config.quantization.enabled:
             return {"accuracy": score.accuracy, "loss": score.loss}
         set_activation_ranges(self._model, progress.ranges)
         load_flat(self._model, torch.from_numpy(self.received(progress)[1]))
         with naming_the_model(self.config):
-            quantized = evaluate(self._model, x, y)
+            quantized = evaluate(self._model, x, y, self.config.training.loss)
         return {
             "accuracy": score.accuracy, "loss": score.loss,
             "fake_quant_accuracy": quantized.accuracy, "fake_quant_loss": quantized.loss,
@@ -345,6 +347,7 @@ class Coordinator:
             return {}, Facts()
         if scores:
             self.assembly.protection.check_sum(messages, self._task(number, progress, scores))
+        _check_loss(messages, self._task(number, progress).plan)
         try:
             replies, facts = self._exchange(messages)
         except RoundFailed as failure:
@@ -441,6 +444,15 @@ class Work:
     metrics: Metrics = dataclasses.field(default_factory=dict)
     virtual_seconds: float = 0.0
     pending: Pending | None = None
+
+
+def _check_loss(messages: Sequence[Message], plan: LocalPlan) -> None:
+    """A configuration without a loss means cross-entropy: a strategy that drops the key would change it unseen."""
+    if plan.loss == LOSSES[0]:
+        return
+    for one in {id(message.content): message for message in messages if isinstance(message, Message)}.values():
+        if "loss" not in only_record(one, ConfigRecord):
+            raise Refused("training configuration: key 'loss' is missing; the strategy must pass on the one it was given")
 
 
 class _Clock:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -252,6 +252,7 @@ class FederatedRun:
             **({"privacy": self._guarantees(last)} if self._ledger else {}),
             "engine": self.assembly.engine.name,
             "engine_reason": self.assembly.engine.reason,
+            "place": self.grid.place,
             **({"secure_aggregation": self.assembly.secured.words(self.config.secagg)} if self.assembly.secured else {}),
             "strategy_replies": self._replies(),
             "parameters": sum(parameter.numel() for parameter in self.assembly.model.parameters()),
@@ -328,8 +329,7 @@ class SimulatedRun(FederatedRun):
 
 
 def _cohort(assembly: Assembly) -> CohortGrid | SecureGrid:
-    single = assembly.engine.device != "cpu"
-    workers = 1 if single else assembly.config.engine.workers or available_workers()
+    workers = _workers(assembly)
     clients, layout, secured = build_clients(assembly), assembly.layout, assembly.secured
     released = assembly.protection.released
     if secured is None:
@@ -342,6 +342,27 @@ def _cohort(assembly: Assembly) -> CohortGrid | SecureGrid:
         participants=trust.participants if trust else None,
     )  # fmt: skip
     return secured.wrap(inner, layout, trust.committee if trust else None, assembly.config.run.name)
+
+
+def _workers(assembly: Assembly) -> int | Literal["ray"]:
+    """What trains: processes of this machine, one of them where that has an accelerator; or those of a Ray cluster.
+
+    Raises:
+        Refused: a Ray cluster cannot do this scenario's work, or must not.
+    """
+    asked, on_cpu = assembly.config.engine.workers, assembly.engine.device == "cpu"
+    if asked != "ray":
+        return (asked or available_workers()) if on_cpu else 1
+    if not on_cpu:
+        raise Refused('engine.workers = "ray" trains on CPUs: set engine.device = "cpu"')
+    if assembly.root.secret:
+        raise Refused("privacy.key: a secret key does not travel to the nodes of a Ray cluster; set engine.workers to a number")
+    if assembly.secured and assembly.config.secagg.simulate == "protocol":
+        raise Refused(
+            "[secagg]: the keys of clients do not travel to the nodes of a Ray cluster; set engine.workers to a number, or "
+            'secagg.simulate = "arithmetic", which has the same bits'
+        )
+    return "ray"
 
 
 def _run_id(directory: Path) -> str:

@@ -25,7 +25,8 @@ from flwr.serverapp.strategy import (
 )  # fmt: skip
 from flwr.serverapp.strategy.strategy_utils import aggregate_metricrecords
 
-from fedcore.config import DRAWN_HERE, RunConfig
+from fedcore.config import RunConfig
+from fedcore.config.sections import DRAWN_HERE
 from fedcore.errors import Refused
 from fedcore.flower import encode_state
 from fedcore.references import resolve

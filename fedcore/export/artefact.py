@@ -31,6 +31,11 @@ class Facts:
     std: tuple[float, ...] = (1.0,)
     more: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def loss(self) -> str:
+        """What the model was trained on; logits mean something else for each."""
+        return self.more.get("loss", "cross_entropy")
+
     def texts(self) -> dict[str, str]:
         """The facts as strings by key, lists as JSON; what is unknown is left out."""
         own = {
@@ -44,7 +49,7 @@ class Facts:
         """The facts that a run's metadata holds (`coordinator.run` writes them into the wire format)."""
         known = {key: value for key, value in texts.items() if key in ("name", "version")}
         labels, mean, std = (json.loads(texts.get(key, usual)) for key, usual in (("labels", "[]"), ("mean", "0"), ("std", "1")))
-        more = {key: value for key, value in texts.items() if key in ("model", "round")}
+        more = {key: value for key, value in texts.items() if key in ("model", "round", "loss")}
         return cls(labels=tuple(labels), mean=_numbers(mean), std=_numbers(std), more=more, **(known | own))
 
 

@@ -27,7 +27,8 @@ _BATCH, _RATE, _MOMENTUM, _TEMPERATURE = 32, 0.02, 0.9, 2.0
 
 
 def compress(
-    model: nn.Module, x: npt.NDArray[np.float32], *, share: float, classes: int, epochs: int, seed: int, weight_bits: int = 8
+    model: nn.Module, x: npt.NDArray[np.float32], *, share: float, classes: int, epochs: int, seed: int, weight_bits: int = 8,
+    loss: str = "cross_entropy",
 ) -> nn.Module:  # fmt: skip
     """A copy of ``model`` without ``share`` of its channels, fine-tuned for weights of ``weight_bits`` on x [n, *shape] and
     calibrated on it.
@@ -43,7 +44,7 @@ def compress(
     else:
         student = copy.deepcopy(model)
     with narrow_weights(student, weight_bits) if weight_bits < 8 else contextlib.nullcontext():
-        distill(student, model, examples, epochs=epochs, seed=seed)
+        distill(student, model, examples, epochs=epochs, seed=seed, loss=loss)
         calibrate(student.eval(), examples.split(_BATCH))
     return student
 
@@ -116,9 +117,12 @@ def prune(model: nn.Module, example: Tensor, *, share: float, classes: int) -> n
     return model
 
 
-def distill(student: nn.Module, teacher: nn.Module, x: Tensor, *, epochs: int, seed: int) -> None:
+def distill(
+    student: nn.Module, teacher: nn.Module, x: Tensor, *, epochs: int, seed: int, loss: str = "cross_entropy"
+) -> None:  # fmt: skip
     """Train ``student`` in place to give the teacher's distribution on x [n, *shape] and on mixtures of them (Hinton et al. 2015,
-    arXiv:1503.02531; mixtures as in mixup, Zhang et al. 2018, arXiv:1710.09412: the coordinator has few examples). No labels."""
+    arXiv:1503.02531; mixtures as in mixup, Zhang et al. 2018, arXiv:1710.09412: the coordinator has few examples). No labels. A
+    teacher of the squared ``loss`` gives no logarithms of a distribution: its outputs are what the student is to give."""
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * -(-len(x) // _BATCH)
     optimizer = torch.optim.SGD(student.parameters(), lr=_RATE, momentum=_MOMENTUM)
@@ -130,12 +134,19 @@ def distill(student: nn.Module, teacher: nn.Module, x: Tensor, *, epochs: int, s
         share = torch.rand((_BATCH, *[1] * (x.dim() - 1)), generator=generator) ** 2  # mostly near one of the two
         mixed = first * (1 - share) + second * share
         with torch.no_grad():
-            wanted = F.log_softmax(teacher(mixed) / _TEMPERATURE, 1)
-        given = F.log_softmax(student(mixed) / _TEMPERATURE, 1)
-        loss = F.kl_div(given, wanted, reduction="batchmean", log_target=True) * _TEMPERATURE**2
+            wanted = teacher(mixed)
         optimizer.zero_grad()
-        loss.backward()
+        (_divergence if loss == "cross_entropy" else _distance)(student(mixed), wanted).backward()
         nn.utils.clip_grad_norm_(student.parameters(), 5.0)
         optimizer.step()
         schedule.step()
     student.eval()
+
+
+def _divergence(given: Tensor, wanted: Tensor) -> Tensor:
+    given, wanted = (F.log_softmax(logits / _TEMPERATURE, 1) for logits in (given, wanted))
+    return F.kl_div(given, wanted, reduction="batchmean", log_target=True) * _TEMPERATURE**2
+
+
+def _distance(given: Tensor, wanted: Tensor) -> Tensor:
+    return (given - wanted).square().sum(1).mean()

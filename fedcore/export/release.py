@@ -88,7 +88,7 @@ def tier_model(source: Source, tier: TierConfig) -> TierModel:
     if tier.prune or narrow:
         model = compress(
             model, source.representative, share=tier.prune, classes=len(source.dataset.labels), epochs=tier.epochs,
-            seed=source.config.run.seed, weight_bits=tier.weight_bits,
+            seed=source.config.run.seed, weight_bits=tier.weight_bits, loss=source.config.training.loss,
         )  # fmt: skip
     integers = lower(model, source.input_shape, weight_bits=tier.weight_bits)
     with torch.no_grad(), narrow_weights(model, tier.weight_bits) if narrow else contextlib.nullcontext():

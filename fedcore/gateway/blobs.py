@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 
 __all__ = ["Blobs"]
 
 _PIECE = 1 << 18
+_HEX = 2 * hashlib.sha256().digest_size
+_LOOKS = 8  # looks in the time that an unnamed blob is kept: a named one is renewed long before it could be too old
 
 
 class Blobs:
     """Blobs below ``directory``, by SHA-256. What is there under a digest is complete, and on the disk."""
 
     def __init__(self, directory: Path) -> None:
-        self._blobs, self._staged = directory / "blobs", directory / "staged"
+        self._blobs, self._staged, self._turns = directory / "blobs", directory / "staged", directory / "blobs.lock"
         try:
             for one in (self._blobs, self._staged):
                 one.mkdir(parents=True, exist_ok=True)
@@ -35,7 +40,7 @@ class Blobs:
         """
         digest = hashlib.sha256(data).digest()
         path = self._blobs / digest.hex()
-        if path.exists():
+        if self._renewed(path):
             return digest
         try:
             handle, name = tempfile.mkstemp(dir=self._blobs, prefix=".new-")
@@ -48,7 +53,7 @@ class Blobs:
             except BaseException:
                 Path(name).unlink(missing_ok=True)
                 raise
-            self._sync()
+            durable.sync(self._blobs)
         except OSError as error:
             raise TryAgain(f"{self._blobs} cannot be written ({error.strerror})") from error
         return digest
@@ -95,6 +100,25 @@ class Blobs:
         """Forget a blob."""
         (self._blobs / digest.hex()).unlink(missing_ok=True)
 
+    def collect(self, named: Collection[bytes], seconds: float) -> int:
+        """Forget the blobs that are not ``named``, and were neither named nor put for ``seconds``; how many.
+
+        A blob's time is when it was put last, or found to be named: who puts one is sure to have it for so long before a plan
+        names it. What is killed here, or in another gateway, leaves blobs for the next call.
+        """
+        now, removed = time.time(), 0
+        for path in self._blobs.iterdir():
+            digest = path.name if len(path.name) == _HEX else ""
+            with self._turn(), contextlib.suppress(OSError):  # another gateway was faster
+                age = now - path.stat().st_mtime
+                if digest and bytes.fromhex(digest) in named:
+                    if age > seconds / _LOOKS:
+                        os.utime(path)
+                elif age > seconds:
+                    path.unlink()
+                    removed += 1
+        return removed
+
     def stage(self, name: str, digest: bytes, offset: int, data: bytes) -> int:
         """Append to the one upload of this name, where ``offset`` is its end; bytes that are there now. One of another digest (32
         bytes, kept at the start of the file) gives way.
@@ -138,9 +162,21 @@ class Blobs:
             except OSError:  # another gateway was faster
                 continue
 
-    def _sync(self) -> None:
-        handle = os.open(self._blobs, os.O_RDONLY)
+    def _renewed(self, path: Path) -> bool:
+        """Whether a blob is there, which is as new as one that is put now."""
+        if not path.exists():
+            return False
+        with self._turn(), contextlib.suppress(OSError):  # it was forgotten at this moment, or the disk does not let it be renewed
+            os.utime(path)
+            return True
+        return False
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """While nobody else decides whether a blob stays."""
+        handle = os.open(self._turns, os.O_RDWR | os.O_CREAT, 0o600)
         try:
-            os.fsync(handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
         finally:
             os.close(handle)

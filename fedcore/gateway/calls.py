@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedcore.errors import FedcoreError, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
-from fedcore.gateway.limits import ReadingRoom
+from fedcore.gateway.limits import Limits, ReadingRoom
 from fedcore.gateway.metrics import Meter
 from fedcore.gateway.refusals import FAILURE_KEY, STATUS, GatewayRefusal
 from fedcore.secagg.committee_wire import one_line
@@ -19,6 +22,7 @@ from fedcore.secagg.committee_wire import one_line
 __all__ = ["streaming", "unary"]
 
 _TEXT = 300
+_FAREWELL = 1.0  # seconds to tell a reader why its stream ends
 _LOG = logging.getLogger(__name__)
 
 
@@ -44,24 +48,53 @@ def unary(
 
 
 def streaming(
-    room: ReadingRoom, meter: Meter, method: str, kind: type[Message], answer: Callable[[Any], AsyncIterator[Message]]
-) -> Callable[..., AsyncIterator[bytes]]:
-    """The behaviour of a call with many replies, for a stream_stream handler."""
+    room: ReadingRoom, meter: Meter, method: str, kind: type[Message], answer: Callable[[Any], AsyncGenerator[Message, None]],
+    limits: Limits,
+) -> Callable[..., Awaitable[None]]:  # fmt: skip
+    """The behaviour of a call with many replies, for a stream_stream handler.
 
-    async def serve(_: Any, context: Any) -> AsyncIterator[bytes]:
+    A reader has ``limits.grace`` seconds, and one more for every ``limits.slowest`` bytes, whether it reads them or not; then the
+    call ends as busy, and the file that it reads out is let go. What was read stays good: downloads go on from any byte. gRPC
+    itself keeps what it has buffered until the connection ends, which is at most ``limits.age`` and a minute later.
+    """
+
+    async def serve(_: Any, context: Any) -> None:
         with meter.call(method):
             try:
-                async for one in answer(await _read(room, meter, method, kind, context)):
-                    data = one.SerializeToString()
-                    meter.told(method, one, len(data))
-                    yield data
+                request = await _read(room, meter, method, kind, context)
+                began, sent = time.monotonic(), 0
+                async with contextlib.aclosing(answer(request)) as replies:
+                    async for one in replies:
+                        data = one.SerializeToString()
+                        left = began + limits.grace + (sent + len(data)) / limits.slowest - time.monotonic()
+                        await _written(context, data, left, method, sent, meter)
+                        sent += len(data)
+                        meter.told(method, one, len(data))
             except Exception as error:  # noqa: BLE001 - a defect is told apart below
                 problem = error
             else:
                 return
-            await _refuse(context, meter, method, problem)
+            # The word waits behind what was not read; the call is given up whether it arrives or not.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_FAREWELL):
+                    await _refuse(context, meter, method, problem)
 
     return serve
+
+
+async def _written(context: Any, data: bytes, seconds: float, method: str, sent: int, meter: Meter) -> None:
+    """Write a piece, for which there is room once the reader has taken enough of those before.
+
+    Raises:
+        GatewayRefusal: it has not, for too long.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            await context.write(data)
+    except TimeoutError:
+        meter.slow[method] += 1
+        _LOG.warning("%s: a reader took no more than %d bytes in its time; the call was ended", method, sent)
+        raise GatewayRefusal(pb.BUSY, "it was read too slowly; go on where it stopped", retry_after=1000) from None
 
 
 async def _read(room: ReadingRoom, meter: Meter, method: str, kind: type[Message], context: Any) -> Any:

@@ -132,8 +132,8 @@ class Door:
 
     async def register(self, enrolment: Enrolment) -> None:
         """Let the store know a device by an enrolment that was checked."""
-        one = enrolment.certificate
-        device = Device(enrolment.device, one.algorithm, one.public_key, one.not_after, self._clock())
+        one, labels = enrolment.certificate, await asyncio.to_thread(self._signer.labels, enrolment.device)
+        device = Device(enrolment.device, one.algorithm, one.public_key, one.not_after, self._clock(), labels=labels)
         self._keep(await self._committer.call(lambda store: store.register(device)))
 
     def strangers_turn(self) -> None:

@@ -5,12 +5,13 @@ was used for; gateways carry requests to it and certificates back, over gRPC, an
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -29,7 +30,7 @@ from fedcore.secagg.messages import Certificate
 from fedcore.secagg.trust import issue_certificate
 from fedcore.state.sqlite import transaction
 
-__all__ = ["EnrolmentServer", "EnrolmentSigner", "LocalSigner", "RemoteSigner"]
+__all__ = ["EnrolmentServer", "EnrolmentSigner", "LocalSigner", "RemoteSigner", "check_labels"]
 
 SERVICE = "fedcore.enrolment.v1"
 _DAY = 24 * 3600
@@ -39,7 +40,21 @@ _SCHEMA = (
        public_key BLOB, enrolment BLOB)""",
     "CREATE TABLE IF NOT EXISTS devices (device INTEGER PRIMARY KEY, public_key BLOB NOT NULL UNIQUE, revoked INTEGER NOT NULL)",
 )
+_ADDED = ("tokens", "devices")  # tables that had no labels once
+_MOST_LABELS, _LONGEST_LABEL = 32, 64
 _LOG = logging.getLogger(__name__)
+
+
+def check_labels(labels: Sequence[str]) -> tuple[str, ...]:
+    """Labels that an operator gives a device, each once and sorted.
+
+    Raises:
+        Refused: too many, too long, or unprintable.
+    """
+    found = tuple(sorted(set(labels)))
+    if len(found) > _MOST_LABELS or not all(1 <= len(one) <= _LONGEST_LABEL and one.isprintable() for one in found):
+        raise Refused(f"a device has at most {_MOST_LABELS} labels, each of 1 to {_LONGEST_LABEL} printable characters")
+    return found
 
 
 class EnrolmentSigner(Protocol):
@@ -51,6 +66,10 @@ class EnrolmentSigner(Protocol):
 
     def renew(self, request: pb.SignedRequest) -> Enrolment:
         """A device's enrolment with a new certificate; ``request`` is the device's call to Renew."""
+        ...
+
+    def labels(self, device: int) -> tuple[str, ...]:
+        """What the operator labelled an enrolled device with; nothing that the device says changes it."""
         ...
 
 
@@ -75,14 +94,41 @@ class LocalSigner:
             self._db.execute("PRAGMA synchronous = FULL")
             for statement in _SCHEMA:
                 self._db.execute(statement)
+            with transaction(self._db):
+                for table in _ADDED:
+                    if "labels" not in {row[1] for row in self._db.execute(f"PRAGMA table_info({table})")}:
+                        self._db.execute(f"ALTER TABLE {table} ADD COLUMN labels TEXT NOT NULL DEFAULT '[]'")
 
-    def issue(self, seconds: float) -> EnrolmentToken:
-        """A fresh token that may be used once within ``seconds``."""
-        token = EnrolmentToken.fresh(self._trust, self._random)
+    def issue(self, seconds: float, labels: Sequence[str] = ()) -> EnrolmentToken:
+        """A fresh token that may be used once within ``seconds``; the device that it enrols has these labels.
+
+        Raises:
+            Refused: labels that cannot be.
+        """
+        token, held = EnrolmentToken.fresh(self._trust, self._random), json.dumps(check_labels(labels))
         with self._turn, self._clear_errors(), transaction(self._db):
-            row = (token.id, mac_key(token.secret), self._clock() + seconds)
-            self._db.execute("INSERT INTO tokens (id, mac_key, expiry) VALUES (?, ?, ?)", row)
+            row = (token.id, mac_key(token.secret), self._clock() + seconds, held)
+            self._db.execute("INSERT INTO tokens (id, mac_key, expiry, labels) VALUES (?, ?, ?, ?)", row)
         return token
+
+    def label(self, device: int, labels: Sequence[str]) -> tuple[str, ...]:
+        """Give a device these labels instead of those that it has; as they are kept.
+
+        Raises:
+            Refused: there is no such device, or labels that cannot be.
+        """
+        held = check_labels(labels)
+        with self._turn, self._clear_errors(), transaction(self._db):
+            update = "UPDATE devices SET labels = ? WHERE device = ?"
+            if not self._db.execute(update, (json.dumps(held), device)).rowcount:
+                raise Refused(f"no device {spell(device)} was enrolled here")
+        return held
+
+    def labels(self, device: int) -> tuple[str, ...]:
+        """See `EnrolmentSigner`."""
+        with self._turn, self._clear_errors():
+            row = self._db.execute("SELECT labels FROM devices WHERE device = ?", (device,)).fetchone()
+        return tuple(json.loads(row[0])) if row else ()
 
     def revoke(self, device: int) -> None:
         """Never renew this device again.
@@ -104,7 +150,7 @@ class LocalSigner:
         if KEY_LENGTHS.get(request.algorithm) != len(request.public_key):
             raise GatewayRefusal(pb.MALFORMED, "the identity key is none of Ed25519 or P-256")
         with self._turn, self._clear_errors(), transaction(self._db):
-            query = "SELECT mac_key, expiry, algorithm, public_key, enrolment FROM tokens WHERE id = ?"
+            query = "SELECT mac_key, expiry, algorithm, public_key, enrolment, labels FROM tokens WHERE id = ?"
             row = self._db.execute(query, (request.token_id,)).fetchone()
             try:
                 check_proof(request, row[0] if row else bytes(32))
@@ -112,14 +158,14 @@ class LocalSigner:
                 raise GatewayRefusal(pb.TOKEN_REFUSED, f"the enrolment token is refused: {error}") from None
             if row is None:
                 raise GatewayRefusal(pb.TOKEN_REFUSED, "the enrolment token is unknown")
-            _, expiry, algorithm, public, before = row
+            _, expiry, algorithm, public, before, labels = row
             if before is not None:
                 if (algorithm, public) != (request.algorithm, request.public_key):
                     raise GatewayRefusal(pb.TOKEN_REFUSED, "the enrolment token was used for another key")
                 return Enrolment.decode(before)
             if self._clock() > expiry:
                 raise GatewayRefusal(pb.TOKEN_REFUSED, "the enrolment token has expired")
-            return self._enrol(request)
+            return self._enrol(request, labels)
 
     def renew(self, request: pb.SignedRequest) -> Enrolment:
         """See `EnrolmentSigner`."""
@@ -142,11 +188,12 @@ class LocalSigner:
         """Let another process sign."""
         self._db.close()
 
-    def _enrol(self, request: pb.EnrollRequest) -> Enrolment:
+    def _enrol(self, request: pb.EnrollRequest, labels: str) -> Enrolment:
         device = int.from_bytes(self._random(8), "big") >> 1
         enrolment = self._sign(device, request.algorithm, request.public_key)
         try:
-            self._db.execute("INSERT INTO devices VALUES (?, ?, 0)", (device, request.public_key))
+            insert = "INSERT INTO devices (device, public_key, revoked, labels) VALUES (?, ?, 0, ?)"
+            self._db.execute(insert, (device, request.public_key, labels))
         except sqlite3.IntegrityError:
             raise GatewayRefusal(pb.TOKEN_REFUSED, "this identity key is enrolled already; make another one") from None
         self._db.execute(
@@ -183,6 +230,7 @@ class EnrolmentServer:
             )
             for name, (call, kind) in calls.items()
         }
+        handlers["labels"] = grpc.unary_unary_rpc_method_handler(self._labels)
         options = (("grpc.max_receive_message_length", _LONGEST), ("grpc.so_reuseport", 0))
         self._server = grpc.server(ThreadPoolExecutor(2), options=options, maximum_concurrent_rpcs=64)
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
@@ -210,6 +258,12 @@ class EnrolmentServer:
         )
         return enrolment.encode()
 
+    def _labels(self, request: bytes, context: Any) -> bytes:
+        try:
+            return json.dumps(self._signer.labels(int.from_bytes(request, "big"))).encode()
+        except FedcoreError as error:
+            self._abort(context, error)
+
     def _abort(self, context: Any, error: FedcoreError) -> NoReturn:
         refusal = error if isinstance(error, GatewayRefusal) else GatewayRefusal(pb.ENROLMENT_CLOSED, one_line(str(error)))
         _LOG.warning("refused: %s", one_line(str(error)))
@@ -235,17 +289,23 @@ class RemoteSigner:
         """See `EnrolmentSigner`."""
         return self._call("renew", request)
 
+    def labels(self, device: int) -> tuple[str, ...]:
+        """See `EnrolmentSigner`."""
+        return tuple(str(one) for one in json.loads(self._asked("labels", device.to_bytes(8, "big"))))
+
     def close(self) -> None:
         """Close the connection."""
         self._channel.close()
 
     def _call(self, name: str, request: Any) -> Enrolment:
+        return Enrolment.decode(self._asked(name, request.SerializeToString()))
+
+    def _asked(self, name: str, request: bytes) -> bytes:
         try:
-            answer = self._channel.unary_unary(f"/{SERVICE}/{name}")(request.SerializeToString(), timeout=self._patience)
+            return bytes(self._channel.unary_unary(f"/{SERVICE}/{name}")(request, timeout=self._patience))
         except self._grpc.RpcError as error:
             told = next((value for key, value in error.trailing_metadata() or () if key == FAILURE_KEY), None)
             if told is None:
                 raise GatewayRefusal(pb.ENROLMENT_CLOSED, "the enrolment signer cannot be reached", retry_after=60_000) from None
             failure = pb.Failure.FromString(told)
             raise GatewayRefusal(failure.reason, failure.text, retry_after=failure.retry_after_ms) from None
-        return Enrolment.decode(answer)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.refusals import GatewayRefusal
 
-__all__ = ["Buckets", "Limits", "ReadingRoom"]
+__all__ = ["Buckets", "Limits", "Places", "ReadingRoom"]
 
 _QUEUE = 4  # times the patience for one request that others wait for a seat
 
@@ -22,7 +22,8 @@ class Limits:
     """``message``: bytes of a request. At most ``reading`` of them are read at a time, ``from_one`` of them from one address, each
     within ``patience`` seconds: their product bounds the memory that strangers can claim. ``calls``: at work or held at a time;
     ``streams``: of one connection. A device may make ``burst`` calls at once and ``rate`` a second; enrolments together
-    ``enrolments`` a second. A connection that says nothing for ``idle`` seconds is closed, one of ``age`` seconds renewed.
+    ``enrolments`` a second. Who reads a stream has ``grace`` seconds, and takes at least ``slowest`` bytes a second; a device reads
+    ``downloads`` of them at once. A connection that says nothing for ``idle`` seconds is closed, one of ``age`` seconds renewed.
     """
 
     message: int = 4_000_000 + 65_536
@@ -37,6 +38,9 @@ class Limits:
     handshake: float = 10.0
     idle: float = 120.0
     age: float = 3600.0
+    grace: float = 60.0
+    slowest: float = 4096.0
+    downloads: int = 16
 
 
 class Buckets:
@@ -61,6 +65,30 @@ class Buckets:
             self._left.popitem(last=False)
         if not taken:
             raise GatewayRefusal(pb.TOO_FAST, "too many requests", retry_after=int(1000 * (1 - left) / self._rate) + 1)
+
+
+class Places:
+    """At most ``most`` places at a time for each key."""
+
+    def __init__(self, most: int) -> None:
+        self._most, self._taken = most, Counter[object]()
+
+    @contextlib.contextmanager
+    def hold(self, key: object) -> Iterator[None]:
+        """One of them while the block runs.
+
+        Raises:
+            GatewayRefusal: all are taken.
+        """
+        if self._taken[key] >= self._most:
+            raise GatewayRefusal(pb.TOO_FAST, f"{self._most} downloads at once are enough", retry_after=1000)
+        self._taken[key] += 1
+        try:
+            yield
+        finally:
+            self._taken[key] -= 1
+            if not self._taken[key]:
+                del self._taken[key]
 
 
 class ReadingRoom:

@@ -80,6 +80,7 @@ class Meter:
     answers: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     protocols: Counter[str] = field(default_factory=Counter)
+    slow: Counter[str] = field(default_factory=Counter)
 
     @contextlib.contextmanager
     def call(self, method: str) -> Any:
@@ -129,6 +130,8 @@ class Meter:
             Family(f"{name}_uploads_total", "counter", "Uploads that were acknowledged.", by("result", self.uploads)),
             Family(f"{name}_protocol_requests_total", "counter", "Signed requests by protocol version.",
                    by("protocol", self.protocols)),
+            Family(f"{name}_slow_readers_total", "counter", "Streams that were ended because nobody read them fast enough.",
+                   by("method", self.slow)),
         ]  # fmt: skip
 
 

@@ -46,8 +46,9 @@ class Current:
         return cls(entry, decode_rollout(entry.document.encode()))
 
 
-def holding_of(device: int, body: pb.ReleaseBody, now: float) -> Holding:
-    """What a device says that it runs.
+def holding_of(device: Device, body: pb.ReleaseBody, now: float) -> Holding:
+    """What a device says that it runs, under the labels that the operator enrolled it with: whether it is of a group that gets a
+    release first is not for the device to say, so the labels in ``body`` count for nothing.
 
     Raises:
         GatewayRefusal: texts that are too long or too many, or a version that no release has.
@@ -58,9 +59,9 @@ def holding_of(device: int, body: pb.ReleaseBody, now: float) -> Holding:
         raise GatewayRefusal(
             pb.MALFORMED, f"a model's name, at most {_LABELS} labels, {_REPORTS} reports of {_MEASURES} values, texts of {_TEXTS}"
         )  # fmt: skip
-    note = next((one_line(one.refused)[:_NOTE] for one in body.health if one.refused), "")
+    note = next((f"release {one.version}: {one_line(one.refused)}"[:_NOTE] for one in body.health if one.refused), "")
     return Holding(
-        device, body.model, body.version, body.tier, body.runtime, body.hardware, tuple(body.labels), now, note
+        device.id, body.model, body.version, body.tier, body.runtime, body.hardware, device.labels, now, note
     )  # fmt: skip
 
 
@@ -110,7 +111,7 @@ class Desk:
         Raises:
             GatewayRefusal: the body is out of bounds. TryAgain: the store cannot be used now.
         """
-        holding = holding_of(device.id, body, self._clock())
+        holding = holding_of(device, body, self._clock())
         for _ in range(_LOOKS):
             current = self._newest.get(body.model)
             if current is None:

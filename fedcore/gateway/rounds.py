@@ -8,13 +8,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Self
 
+from google.protobuf.message import DecodeError
+
 from fedcore.errors import Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.fleet import Selection
 from fedcore.gateway.sums import UploadTerms
 from fedcore.secagg.messages import CheckIn
+from fedcore.state.gateway import GatewayStore
 
-__all__ = ["ENDED", "ENDS", "PRESENT", "REPORT", "Place", "RoundDocument", "is_for"]
+__all__ = ["ENDED", "ENDS", "PRESENT", "REPORT", "Place", "RoundDocument", "is_for", "named_blobs"]
 
 PRESENT, REPORT, ENDED = "present", "report", "ended"
 """Kinds of notes in a round: who checked in for it (`fleet.Told`), what devices reported, and for whom it is over though
@@ -52,6 +55,19 @@ class RoundDocument:
         plan = pb.Plan.FromString(pb.SignedPlan.FromString(self.plans[place.plan]).plan)
         return {blob.digest for blob in plan.blobs}
 
+    def named(self) -> set[bytes]:
+        """Digests of everything that the plans and invitations name.
+
+        Raises:
+            Refused: a plan cannot be read.
+        """
+        try:
+            plans = [pb.Plan.FromString(pb.SignedPlan.FromString(plan).plan) for plan in self.plans]
+        except DecodeError:
+            raise Refused("a round's plan cannot be read") from None
+        invitations = {place.invitation for place in self.cohort.values() if place.invitation}
+        return {blob.digest for plan in plans for blob in plan.blobs} | invitations
+
     def encode(self) -> str:
         """As JSON."""
         return json.dumps({
@@ -79,6 +95,22 @@ class RoundDocument:
             )  # fmt: skip
         except (ValueError, TypeError, KeyError) as error:
             raise Refused(f"a round's document cannot be read ({type(error).__name__})") from None
+
+
+def named_blobs(store: GatewayStore) -> tuple[set[bytes], float]:
+    """Digests of all blobs that a round in the store names or counts, and the longest window of these rounds in seconds.
+
+    Raises:
+        Refused: a round cannot be read, so that nobody knows what it names.
+    """
+    named, window = set[bytes](), 0.0
+    for key in store.rounds():
+        one = store.round(key)
+        if one is not None:
+            document = RoundDocument.decode(one.document)
+            named |= document.named() | {upload.digest for upload in store.contributions(key)}
+            window = max(window, document.selection.window)
+    return named, window
 
 
 def is_for(round_key: bytes, visit: tuple[str, int, int]) -> bool:

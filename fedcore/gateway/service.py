@@ -5,12 +5,14 @@ a request is checked, and what a stranger can cost. A gateway keeps nothing of i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import logging
+import math
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError, Message
@@ -24,14 +26,14 @@ from fedcore.gateway.commits import Committer
 from fedcore.gateway.door import Door, GatewaySettings
 from fedcore.gateway.fleet import Told, lacking, why_ineligible
 from fedcore.gateway.identity import check_enrolment, check_request, issue_token, read_token, spell
-from fedcore.gateway.limits import Buckets, ReadingRoom
+from fedcore.gateway.limits import Buckets, Places, ReadingRoom
 from fedcore.gateway.messages import Enrolment, RoundToken
 from fedcore.gateway.metrics import Family, FleetView, Labels, Meter, view_of
 from fedcore.gateway.pace import first_wait, wait
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.gateway.releases import Desk
 from fedcore.gateway.repository import REPOSITORY, read_out
-from fedcore.gateway.rounds import ENDED, ENDS, PRESENT, REPORT, is_for
+from fedcore.gateway.rounds import ENDED, ENDS, PRESENT, REPORT, is_for, named_blobs
 from fedcore.gateway.sums import UploadTerms, read_upload
 from fedcore.registry.assignment import LONGEST
 from fedcore.secagg.committee_wire import one_line
@@ -43,6 +45,8 @@ SERVICE = "fedcore.gateway.v1.Gateway"
 _LARGEST_UPLOAD, _LARGEST_PIECE, _TEXT = 4_000_000, 1 << 20, 300
 _KEYS_KEPT = 200_000
 _UNFINISHED = 3600.0  # seconds that a staged upload is kept
+_UNNAMED, _LOOKS_AT_BLOBS = 86_400.0, 100  # seconds that a blob is kept that nothing names; looks in that time
+_MOST_ATTEMPTS = 100  # of a round, as the configuration allows
 _LOG = logging.getLogger(__name__)
 
 
@@ -57,9 +61,10 @@ class Gateway:
         self.board, self.meter = Board(committer), Meter()
         self._viewed, self._view = 0.0, FleetView({}, {}, {})
         self._room, self._door = ReadingRoom(limits), Door(settings, committer, clock)
+        self._downloads = Places(limits.downloads)
         self._transfers = Buckets(50 * limits.rate, 20 * limits.burst)
         self._desk = Desk(committer, settings.time_key, settings.release_every, clock)
-        self._fleet = 0
+        self._fleet, self._collected = 0, -math.inf
         self._draw = random.SystemRandom()
 
     def handler(self) -> Any:
@@ -72,10 +77,11 @@ class Gateway:
             "Upload": (pb.SignedRequest, self._upload), "Report": (pb.SignedRequest, self._report),
             "Forget": (pb.SignedRequest, self._forget), "Release": (pb.SignedRequest, self._release),
         }  # fmt: skip
+        limits = self._settings.limits
         calls = {
             name: grpc.stream_unary_rpc_method_handler(unary(self._room, self.meter, name, *what)) for name, what in plain.items()
         }
-        fetch = streaming(self._room, self.meter, "Fetch", pb.FetchRequest, self._fetch)
+        fetch = streaming(self._room, self.meter, "Fetch", pb.FetchRequest, self._fetch, limits)
         calls["Fetch"] = grpc.stream_stream_rpc_method_handler(fetch)
         return grpc.method_handlers_generic_handler(SERVICE, calls)
 
@@ -84,14 +90,14 @@ class Gateway:
         await asyncio.gather(self.board.follow(), self._tidy())
 
     async def metrics(self) -> list[Family]:
-        """What there is to watch. The fleet is looked at anew when the last look is older than ten seconds, and a millisecond for
-        each device.
+        """What there is to watch. The fleet is looked at anew when the last look is older than a second, and a millisecond for each
+        device.
 
         Raises:
             TryAgain: the store is away.
         """
         now = self._clock()
-        if now >= self._viewed + 10 + self._view.devices / 1000:
+        if now >= self._viewed + 1 + self._view.devices / 1000:
             self._view, self._viewed = await self._committer.call(lambda store: view_of(store.devices(), now)), now
         running, uploads = self.board.running(), 0
         for one in running:
@@ -231,10 +237,11 @@ class Gateway:
         told = self._door.time(request.nonce)
         return pb.ReleaseReply(assignment=assignment, token=token, retry_after_ms=wait_ms, reason=reason, server_time=told)
 
-    async def _fetch(self, request: pb.FetchRequest) -> AsyncIterator[pb.FetchReply]:
+    async def _fetch(self, request: pb.FetchRequest) -> AsyncGenerator[pb.FetchReply, None]:
         if request.name:
-            async for reply in self._read_out(request):
-                yield reply
+            async with contextlib.aclosing(self._read_out(request)) as replies:
+                async for reply in replies:
+                    yield reply
             return
         token, one = await self._bearer(request.token)
         if request.digest not in one.document.blobs(token.device):
@@ -242,19 +249,21 @@ class Gateway:
         total = self._blobs.size(request.digest)
         if request.offset > total:
             raise GatewayRefusal(pb.MALFORMED, f"the blob has {total} bytes; there is nothing at {request.offset}")
-        yield pb.FetchReply(total=total)
-        for piece in self._blobs.read(request.digest, request.offset, min(request.length, total)):
-            yield pb.FetchReply(data=piece)
+        with self._downloads.hold(token.device):
+            yield pb.FetchReply(total=total)
+            for piece in self._blobs.read(request.digest, request.offset, min(request.length, total)):
+                yield pb.FetchReply(data=piece)
 
-    async def _read_out(self, request: pb.FetchRequest) -> AsyncIterator[pb.FetchReply]:
+    async def _read_out(self, request: pb.FetchRequest) -> AsyncGenerator[pb.FetchReply, None]:
         token = read_token(self._settings.token_secret, request.token, self._now())
         if token.round_key != REPOSITORY:
             raise GatewayRefusal(pb.NO_SUCH_ROUND, "the token is a round's, not one for the release repository")
         if self._settings.repository is None:
             raise GatewayRefusal(pb.NO_SUCH_BLOB, "this gateway serves no release repository")
         self._transfers.take(token.device)
-        async for reply in read_out(self._settings.repository, request.name, request.offset, request.length):
-            yield reply
+        with self._downloads.hold(token.device):
+            async for reply in read_out(self._settings.repository, request.name, request.offset, request.length):
+                yield reply
 
     async def _stage(self, request: pb.StageRequest) -> pb.StageReply:
         token, one = await self._bearer(request.token)
@@ -350,9 +359,24 @@ class Gateway:
                 await self._committer.call(lambda store, now=now: store.prune(now, now - _UNFINISHED))  # type: ignore[misc]
                 self._fleet = await self._committer.call(lambda store, now=now: _active(store, now))  # type: ignore[misc]
                 await asyncio.to_thread(self._blobs.sweep, _UNFINISHED)
+                await self._forget_blobs()
             except (FedcoreError, OSError) as error:
                 _LOG.warning("tidying up: %s", one_line(str(error)))
             await asyncio.sleep(60 + 10 * self._fleet / 1000)
+
+    async def _forget_blobs(self) -> None:
+        """Now and then: forget blobs of rounds that are forgotten, which failed rounds and killed coordinators leave behind.
+
+        A coordinator that waits for devices names what it put when it began only with its next plan, after a hundred windows at
+        most (`cohort.attempts`); until then, and for a day, everything stays.
+        """
+        if time.monotonic() < self._collected + _UNNAMED / _LOOKS_AT_BLOBS:
+            return
+        named, window = await self._committer.call(named_blobs)
+        removed = await asyncio.to_thread(self._blobs.collect, named, _UNNAMED + _MOST_ATTEMPTS * window)
+        self._collected = time.monotonic()
+        if removed:
+            _LOG.info("%d blobs that no round names were removed", removed)
 
     def _now(self) -> int:
         return int(1000 * self._clock())

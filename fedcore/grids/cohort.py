@@ -1,19 +1,17 @@
-"""CohortGrid: simulated clients, trained by worker processes of this machine (or on its accelerator)."""
+"""CohortGrid: simulated clients, trained by worker processes of this machine (or on its accelerator), or of a Ray cluster."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType
 
-from fedcore.errors import Refused, RoundFailed
+from fedcore.errors import Refused
 from fedcore.flower import (
     METRICS,
     NOBODY,
@@ -30,54 +28,17 @@ from fedcore.flower import (
     to_record,
 )
 from fedcore.grids.pool import Doubles, WorkerPool
-from fedcore.grids.protocol import Invited, check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
+from fedcore.grids.protocol import check_in_reply, invitation_of, upload_reply, visit_of, without_protocol
 from fedcore.grids.publish import CONTRIBUTION, publish
+from fedcore.grids.ray_pool import RayPool
+from fedcore.grids.work import Job, Sum, Work
 from fedcore.models import ParameterLayout
-from fedcore.native.cohort import Board, units_of
+from fedcore.native.cohort import units_of
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.secagg.participant import Accepted, Participants, hash_work
-from fedcore.secagg.sums import ScoreSum
-from fedcore.training.client import CHECK_IN, SCORE_BYTES, Clients, RoundTask
+from fedcore.secagg.participant import Participants, hash_work
+from fedcore.training.client import CHECK_IN, Clients, RoundTask
 
 __all__ = ["Begun", "CohortGrid", "Trained"]
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A work unit: some clients that train, or that evaluate; masked, where they have invitations to a plan for this work.
-
-    ``slot``: which of the parameters that the workers see they begin with. With ``shared`` all workers have the same job and share
-    its clients among them.
-    """
-
-    kind: str
-    clients: tuple[int, ...]
-    task: RoundTask
-    slot: int = 0
-    invited: Mapping[int, Invited] = field(default_factory=dict)
-    work_hash: bytes = b""
-    shared: bool = False
-
-
-@dataclass(frozen=True)
-class _Sum:
-    """What clients add up to, beside the vector of example-weighted updates: sums over the examples of usable clients.
-
-    ``uploads``: by client its masked contribution, and the milliseconds of its cryptography.
-    """
-
-    facts: Facts
-    examples: int
-    loss: float
-    correct: int = 0
-    uploads: tuple[tuple[int, bytes, float], ...] = ()
-
-    @classmethod
-    def of(cls, parts: Sequence[_Sum]) -> _Sum:
-        """The sum of sums, in their order."""
-        facts = Facts.merge(part.facts for part in parts)
-        uploads = tuple(upload for part in parts for upload in part.uploads)
-        return cls(facts, sum(p.examples for p in parts), sum(p.loss for p in parts), sum(p.correct for p in parts), uploads)
 
 
 @dataclass(frozen=True)
@@ -100,9 +61,6 @@ class Trained:
     loss: float
 
 
-_NOTHING = _Sum(Facts(), 0, 0.0)
-
-
 class CohortGrid(ClientGrid):
     """Simulated clients behind Flower's Grid interface; node ids are client ids.
 
@@ -114,25 +72,31 @@ class CohortGrid(ClientGrid):
 
     A sum of up to ``released`` numbers has one reply, which says nothing of who took part; ``observed`` does, to the operator.
     ``participants`` take part in secure aggregation: asked by `grids.protocol`, clients check in, and reply masked contributions.
-    With ``versions`` clients may train from that many different models at once (`train`).
+    With ``versions`` clients may train from that many different models at once (`train`). ``workers`` are processes of this
+    machine, or "ray": those of the cluster that it belongs to.
     """
 
     blind = False
 
     def __init__(
-        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int, updates: bool = False, released: int = 0,
-        participants: Participants | None = None, versions: int = 1,
+        self, clients: Clients, layout: ParameterLayout, *, mean: bool, workers: int | Literal["ray"], updates: bool = False,
+        released: int = 0, participants: Participants | None = None, versions: int = 1,
     ) -> None:  # fmt: skip
         assume_identity()
         self._participants = participants
         self.nodes: Sequence[int] = range(len(clients.data.clients))
         self.observed, self.simulated = Facts(), not clients.real
         self.mean, self._updates, self._layout, self._clients = mean, updates, layout, clients
-        self.place = f"{workers} worker{'s' if workers > 1 else ''}"
         self._size = max(layout.size, released)
-        self._versions, self._workers, self._done = versions, workers, 0
-        self._board = Board(len(clients.data.clients), layout.size, workers)
-        self._pool = WorkerPool(workers, self._work, versions * layout.size, self._size)
+        self._versions, self._done = versions, 0
+        self._board = clients.board(len(clients.data.clients), 1 if workers == "ray" else workers)
+        work = Work(clients, layout, participants, None if workers == "ray" else self._board)
+        self._pool: WorkerPool | RayPool
+        if workers == "ray":
+            self._pool = RayPool(work, versions * layout.size, self._size)
+        else:
+            self._pool = WorkerPool(workers, work, versions * layout.size, self._size)
+        self.place = self._pool.place
 
     @property
     def clients_done(self) -> int:
@@ -190,14 +154,14 @@ class CohortGrid(ClientGrid):
         for slot, one in enumerate(begun):
             self._pool.shared[slot * size : (slot + 1) * size] = one.start
             groups = [one.clients[first : first + chunk] for first in range(0, len(one.clients), chunk)]
-            jobs += [_Job(MessageType.TRAIN, group, one.task, slot) for group in groups]
+            jobs += [Job(MessageType.TRAIN, group, one.task, slot) for group in groups]
         vectors = [np.zeros(size) for _ in begun]
-        parts: list[list[_Sum]] = [[] for _ in begun]
+        parts: list[list[Sum]] = [[] for _ in begun]
         for job, (part, vector) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
             vectors[job.slot] += vector[:size]
             parts[job.slot].append(part)
             self._done += len(job.clients)
-        totals = map(_Sum.of, parts)
+        totals = map(Sum.of, parts)
         return [Trained(one.facts, vector, one.examples, one.loss) for one, vector in zip(totals, vectors, strict=True)]
 
     def _answer(self, messages: Sequence[Message], timeout: float | None) -> tuple[list[Answer], Facts]:
@@ -208,7 +172,7 @@ class CohortGrid(ClientGrid):
         units = _units(clients) if self.mean else [(client,) for client in clients]
         answers: list[Answer] = []
         dropped: list[Facts] = []
-        for message, total, vector in self._sums(messages, [_Job(kind, unit, task) for unit in units], timeout):
+        for message, total, vector in self._sums(messages, [Job(kind, unit, task) for unit in units], timeout):
             if task.release and not self._updates:
                 self.observed = Facts.merge([self.observed, total.facts])
                 summed, survivors = vector[: task.release.size], len(total.facts.clients)
@@ -246,13 +210,13 @@ class CohortGrid(ClientGrid):
         invited = {client: found for client, message in by_client.items() if (found := invitation_of(message))}
         kind, work_hash = kind_of(messages[0]), hash_work(blob, _configuration(messages[0]))
         jobs = [
-            _Job(kind, unit, task, 0, {client: invited[client] for client in unit}, work_hash) for unit in _units(sorted(invited))
+            Job(kind, unit, task, 0, {client: invited[client] for client in unit}, work_hash) for unit in _units(sorted(invited))
         ]  # fmt: skip
         parts = []
         for job, (part, _) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
             parts.append(part)
             self._done += len(job.clients)
-        total = _Sum.of(parts)
+        total = Sum.of(parts)
         self.observed = total.facts
         return [upload_reply(by_client[client], upload, taken) for client, upload, taken in total.uploads]
 
@@ -264,8 +228,8 @@ class CohortGrid(ClientGrid):
         return to_record(self._layout, (update if self._updates else master + update).astype(np.float32))
 
     def _sums(
-        self, messages: Sequence[Message], jobs: Sequence[_Job], timeout: float | None
-    ) -> Iterator[tuple[Message, _Sum, Doubles]]:
+        self, messages: Sequence[Message], jobs: Sequence[Job], timeout: float | None
+    ) -> Iterator[tuple[Message, Sum, Doubles]]:
         """Per reply the message it answers, its sums and its vector: one in all for a mean, else one per job."""
         if self.mean and jobs and jobs[0].kind == MessageType.TRAIN and self._clients.adds_up(jobs[0].task):
             yield messages[0], self._shared_out(jobs, timeout), self._board.total
@@ -281,105 +245,29 @@ class CohortGrid(ClientGrid):
             total += vector
             parts.append(part)
             self._done += len(job.clients)
-        yield messages[0], _Sum.of(parts), total
+        yield messages[0], Sum.of(parts), total
 
-    def _shared_out(self, jobs: Sequence[_Job], timeout: float | None) -> _Sum:
-        """The sums of clients that all workers train together, by units that they take themselves; their vector is the board's."""
+    def _shared_out(self, jobs: Sequence[Job], timeout: float | None) -> Sum:
+        """The sums of clients that the engine adds up; their vector is the board's."""
         task, clients = jobs[0].task, tuple(client for job in jobs for client in job.clients)
-        for _ in self._pool.map([_Job(jobs[0].kind, clients, task, shared=True)] * self._workers, timeout):
-            pass
-        replies = list(self._clients.added(clients, task, self._board))
-        good = [reply for reply in replies if not reply.reason]
-        dropped = tuple((reply.client, reply.reason) for reply in replies if reply.reason)
-        facts = Facts(tuple(reply.client for reply in good), dropped, sum(reply.bytes_up for reply in good))
-        return _Sum(facts, sum(reply.examples for reply in good), sum(reply.loss * reply.examples for reply in good))
+        if isinstance(self._pool, WorkerPool):  # whose workers take units from the board themselves
+            for _ in self._pool.map([Job(jobs[0].kind, clients, task, whole=True)] * self._pool.workers, timeout):
+                pass
+        else:
+            self._fill_board(_units(self._clients.arriving(clients, task)), task, timeout)
+        added = self._clients.added(clients, task, self._board)
+        facts = Facts(added.clients, tuple((reply.client, reply.reason) for reply in added.others), added.bytes_up)
+        return Sum(facts, int(added.examples.sum()), float((added.losses * added.examples).sum()))
 
-    def _work(self, job: _Job, shared: Doubles, out: Doubles) -> _Sum:
-        """Runs in a worker."""
-        torch.set_num_threads(1)
-        size = self._layout.size
-        values = torch.from_numpy(shared[job.slot * size : (job.slot + 1) * size]).float()
-        if job.shared:
-            self._clients.add_up(values, job.clients, job.task, self._board)
-            return _NOTHING
-        out.fill(0)
-        if job.kind == MessageType.EVALUATE:
-            return self._evaluate(job, values, out)
-        weighted, release = torch.from_numpy(out), job.task.release
-        accepted, dropped = self._accept(job)
-        good, examples, loss, up = [], 0, 0.0, 0
-        uploads = []
-        for reply in self._clients.train(values, list(accepted) if job.invited else job.clients, job.task):
-            up += reply.bytes_up
-            if reply.reason:
-                dropped.append((reply.client, reply.reason))
-            if release and reply.contribution is not None:
-                if not job.invited:
-                    out[: release.size] += release.accept(reply.contribution)
-                else:
-                    uploads.append(_mask(reply.client, accepted[reply.client], reply.contribution))
-                good.append(reply.client)
-                examples += 1
-                continue
-            if reply.update is None:
-                continue
-            good.append(reply.client)
-            weighted[: self._layout.size].add_(reply.update.cpu(), alpha=reply.examples)
-            examples += reply.examples
-            loss += reply.loss * reply.examples
-        return _Sum(Facts(tuple(good), tuple(dropped), up), examples, loss, uploads=tuple(uploads))
-
-    def _evaluate(self, job: _Job, values: torch.Tensor, out: Doubles) -> _Sum:
-        """The scores of a unit's clients: in the clear, or as a contribution each."""
-        release = job.task.release
-        accepted, dropped = self._accept(job)
-        clients = [client for client in job.clients if self._clients.arrives(client, job.task.round_number)]
-        clients = [client for client in clients if not job.invited or client in accepted]
-        found = list(self._clients.evaluate(values, clients, job.task))
-        failed = [(client, reason) for client, _, reason in found if reason]
-        scores = [(client, score) for client, score, _ in found]
-        if isinstance(release, ScoreSum):
-            sent = [
-                (client, release.contribution(score.examples, score.correct, score.loss_sum)) for client, score in scores
-            ]  # fmt: skip
-            if not job.invited:
-                for _, contribution in sent:
-                    out[: release.size] += release.accept(contribution)
-                facts = Facts(tuple(clients), tuple(failed), bytes_up=release.bytes * len(clients))
-                return _Sum(facts, len(clients), 0.0)
-            uploads = tuple(_mask(client, accepted[client], contribution) for client, contribution in sent)
-            return _Sum(Facts(tuple(clients), (*dropped, *failed)), len(uploads), 0.0, uploads=uploads)
-        good = [(client, score) for client, score, reason in found if not reason]
-        accuracies = tuple((client, score.accuracy, score.examples) for client, score in good)
-        facts = Facts(tuple(client for client, _ in good), tuple(failed), bytes_up=SCORE_BYTES * len(good), accuracies=accuracies)
-        sums = [(score.examples, score.loss_sum, score.correct) for _, score in good]
-        examples, loss, correct = (sum(column) for column in zip(*sums, strict=True)) if sums else (0, 0.0, 0)
-        return _Sum(facts, int(examples), float(loss), int(correct))
-
-    def _accept(self, job: _Job) -> tuple[dict[int, tuple[Accepted, float]], list[tuple[int, str]]]:
-        """The invited clients that accept their plan, with the milliseconds it took, and why the others do not."""
-        accepted: dict[int, tuple[Accepted, float]] = {}
-        dropped = []
-        if job.invited and (self._participants is None or job.task.release is None):
-            raise RoundFailed("an invitation without participants")
-        for client, invited in job.invited.items():
-            if not self._clients.arrives(client, job.task.round_number) or self._participants is None or job.task.release is None:
-                continue
-            begun = time.perf_counter()
-            try:
-                found = self._participants.accept(client, invited.visit, invited.invitation, job.work_hash, job.task.release)
-            except Refused as error:
-                dropped.append((client, str(error)))
-                continue
-            accepted[client] = found, 1000 * (time.perf_counter() - begun)
-        return accepted, dropped
-
-
-def _mask(client: int, accepted: tuple[Accepted, float], contribution: npt.NDArray[Any]) -> tuple[int, bytes, float]:
-    """A client's upload, and the milliseconds that its cryptography took in all."""
-    begun, (plan, before) = time.perf_counter(), accepted
-    upload = plan.upload(contribution)
-    return client, upload, before + 1000 * (time.perf_counter() - begun)
+    def _fill_board(self, units: Sequence[tuple[int, ...]], task: RoundTask, timeout: float | None) -> None:
+        """What workers that share the board would leave on it, from units that are added up elsewhere."""
+        first, jobs = 0, [Job(MessageType.TRAIN, unit, task, whole=True) for unit in units]
+        for job, (added, vector) in zip(jobs, self._pool.map(jobs, timeout), strict=True):
+            last = first + len(job.clients)
+            self._board.total += vector[: self._layout.size]
+            self._board.norms[first:last], self._board.losses[first:last] = added.norms, added.losses
+            self._done += len(job.clients)
+            first = last
 
 
 def _task(message: Message) -> RoundTask:
@@ -400,6 +288,6 @@ def _units(clients: Sequence[int]) -> list[tuple[int, ...]]:
     return [tuple(clients[start:end]) for start, end in pairwise([0, *units_of(len(clients))])]
 
 
-def _metrics(kind: str, total: _Sum, *, private: bool) -> dict[str, float]:
+def _metrics(kind: str, total: Sum, *, private: bool) -> dict[str, float]:
     sums = [] if private else [total.loss] if kind == MessageType.TRAIN else [total.correct, total.loss]
     return dict(zip(METRICS[kind], [total.examples, *(value / total.examples for value in sums)], strict=not private))

@@ -54,11 +54,13 @@ _EVALUATING = "/evaluate"  # a task of its own: its rounds are no participations
 @dataclass(frozen=True)
 class Offering:
     """What plans name beside the model: blobs by name ("frozen"; "step", "evaluation", their "...-signature", and what is
-    "early-..." before activations are rounded), the encoding of updates, and what a device must be able to do to train."""
+    "early-..." before activations are rounded), the encoding of updates, what a device must be able to do to train, and the loss
+    that step and evaluation compute."""
 
     blobs: Mapping[str, bytes]
     encoding: str = "float32"
     capabilities: tuple[str, ...] = ()
+    loss: str = "cross_entropy"
 
 
 class DeviceGrid(ClientGrid):
@@ -222,8 +224,14 @@ class DeviceGrid(ClientGrid):
         return self.plan(encode_model(self._layout.wire_tensors(from_record(self._layout, arrays)), ranges), config, kind, uploads)
 
     def plan(self, model: bytes, config: ConfigRecord, kind: str, uploads: UploadTerms) -> pb.Plan:
-        """What a device is asked to do with an encoded ``model``, to be completed and signed by the conductor."""
+        """What a device is asked to do with an encoded ``model``, to be completed and signed by the conductor.
+
+        Raises:
+            Refused: the configuration has another loss than the signed graphs.
+        """
         task, trains = RoundTask.from_table(config), kind == MessageType.TRAIN
+        if task.plan.loss != (known := self._offering.loss):
+            raise Refused(f"the strategy asks devices for the loss {task.plan.loss}; the graphs signed for them compute {known}")
         whole, deltas = self._lineage.offer(model, (kind, task.round_number))
         self._named |= {blob.digest for blob in (whole, *deltas)}
         others = [blob for blob in self._extra if _graph(blob.name) != ("evaluation" if trains else "step")]

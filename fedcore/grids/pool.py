@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import mmap
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from fedcore.errors import RoundFailed
 
-__all__ = ["Doubles", "WorkerPool", "available_workers"]
+__all__ = ["Doubles", "Handler", "WorkerPool", "available_workers", "check_deadline"]
 
 Doubles = npt.NDArray[np.float64]
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -34,7 +35,9 @@ _AHEAD = 4  # jobs a worker may be ahead of the one whose result is yielded next
 class Handler(Protocol):
     """Does one job in a worker: reads ``shared``, may fill ``out``, returns something small that pickles."""
 
-    def __call__(self, job: Any, shared: Doubles, out: Doubles) -> Any: ...
+    def __call__(self, job: Any, shared: Doubles, out: Doubles) -> Any:
+        """The result."""
+        ...
 
 
 def available_workers() -> int:
@@ -52,12 +55,18 @@ class WorkerPool:
 
     def __init__(self, workers: int, handler: Handler, shared_size: int, out_size: int) -> None:
         self.shared = _shared_doubles(shared_size)
+        self.workers = workers
         self._handler = handler
         self._outs = [_shared_doubles(out_size) for _ in range(workers)]
         self._processes: list[BaseProcess] = []
         self._pipes: list[Connection] = []
         if workers > 1:
             self._fork(workers)
+
+    @property
+    def place(self) -> str:
+        """Where the work is done, for the user."""
+        return f"{self.workers} worker{'s' if self.workers > 1 else ''}"
 
     def map(self, jobs: Sequence[Any], timeout: float | None = None) -> Iterator[tuple[Any, Doubles]]:
         """Results in the order of ``jobs``; the vector is valid until the next one is asked for.
@@ -69,7 +78,7 @@ class WorkerPool:
         if not self._processes:
             for job in jobs:
                 yield self._handler(job, self.shared, self._outs[0]), self._outs[0]
-                _check(deadline)
+                check_deadline(deadline)
             return
         early: dict[int, tuple[Any, Doubles]] = {}
         running: dict[Connection, int] = {}
@@ -96,6 +105,8 @@ class WorkerPool:
 
     def close(self) -> None:
         """End the workers; a worker in the middle of a job is terminated."""
+        if self._processes:
+            gc.unfreeze()
         for pipe in self._pipes:
             pipe.close()
         for process in self._processes:
@@ -105,6 +116,8 @@ class WorkerPool:
         self._handler = _closed  # the handler is often its owner's method: a circle that would keep the data in memory
 
     def _fork(self, workers: int) -> None:
+        gc.collect()
+        gc.freeze()  # what is there now stays: it need not be looked at again, here and in the workers, which would copy it
         context = multiprocessing.get_context("fork")
         pairs = [context.Pipe() for _ in range(workers)]
         for worker, (_, theirs) in enumerate(pairs):
@@ -136,7 +149,7 @@ class WorkerPool:
     def _wait(self, pipes: list[Connection], deadline: float | None) -> list[Connection]:
         remaining = None if deadline is None else max(0.0, deadline - time.monotonic())
         ready = wait(pipes, remaining)
-        _check(deadline)
+        check_deadline(deadline)
         return [pipe for pipe in pipes if pipe in ready]
 
     def _death(self, worker: int) -> RoundFailed:
@@ -153,7 +166,8 @@ def _closed(job: Any, shared: Doubles, out: Doubles) -> Any:  # noqa: ARG001 - a
     raise RuntimeError("the pool is closed")
 
 
-def _check(deadline: float | None) -> None:
+def check_deadline(deadline: float | None) -> None:
+    """Raise RoundFailed if ``deadline``, on the monotonic clock, is over."""
     if deadline is not None and time.monotonic() > deadline:
         raise RoundFailed("the round did not finish within cohort.timeout")
 

@@ -77,18 +77,19 @@ class ParameterLayout:
         return [ModelTensor(n, v, e) for (n, v), e in zip(self.split(flat).items(), self.encodings, strict=True)]
 
 
-def layout_of(model: nn.Module, *, trainable: bool | None) -> ParameterLayout:
+def layout_of(model: nn.Module, *, trainable: bool | None, weights: str = "int8") -> ParameterLayout:
     """The layout of the trainable, of the frozen or (None) of all parameters, in the module's order.
 
-    Weights of quantized layers travel as int8, everything else as fp16; a model without quantized layers travels as fp32.
+    Weights of quantized layers travel as ``weights``, int8 or int7, everything else as fp16; a model without quantized layers
+    travels as fp32.
     """
-    int8 = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, QuantLayer)}
+    quantized = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, QuantLayer)}
     chosen = [(name, p) for name, p in model.named_parameters() if trainable in (None, p.requires_grad)]
-    other = "fp16" if int8 else "fp32"
+    other = "fp16" if quantized else "fp32"
     return ParameterLayout(
         tuple(name for name, _ in chosen),
         tuple(tuple(p.shape) for _, p in chosen),
-        tuple("int8" if name in int8 else other for name, _ in chosen),
+        tuple(weights if name in quantized else other for name, _ in chosen),
     )
 
 

@@ -77,8 +77,9 @@ def cache_directory() -> Path:
         BuildFailed: it cannot be created, or others may write to it.
     """
     root = os.environ.get("XDG_CACHE_HOME", "")
-    folder = (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "fedcore" / "native"
+    folder = Path(root) / "fedcore" / "native"
     try:
+        folder = (Path(root) if root and Path(root).is_absolute() else Path.home() / ".cache") / "fedcore" / "native"
         folder.mkdir(parents=True, exist_ok=True)
         found = folder.stat()
         if found.st_uid == os.getuid() and stat.S_IMODE(found.st_mode) != 0o700:
@@ -90,33 +91,40 @@ def cache_directory() -> Path:
     return folder
 
 
-def build(source: str, target: Target, *, double: bool = False) -> Path:
-    """The library of a source: from the cache if its checksum holds, else compiled.
+def build(source: str, target: Target, *, double: bool = False, private: bool = True) -> Path:
+    """The library of a source: from the cache if its checksum holds, else compiled; without ``private`` DP-SGD is left out.
 
     Raises:
-        BuildFailed: no compiler, or it failed.
+        BuildFailed: no compiler, or it failed, or there is no place for what it makes.
     """
-    flags = (*target.flags, *FLAGS, *(("-DDOUBLE",) if double else ()))
+    flags = (*target.flags, *FLAGS, *(("-DDOUBLE",) if double else ()), *(() if private else ("-DPLAIN",)))
     key = hashlib.sha256("\0".join([source, compiler_version(), *flags]).encode()).hexdigest()[:32]
     folder = cache_directory()
     library, recorded = folder / f"{key}.so", folder / f"{key}.sha256"
     if library.exists() and _holds(library, recorded):
         return library
-    with tempfile.TemporaryDirectory(dir=folder) as place:
-        made = Path(place) / "library.so"
-        compile_library(source, flags, made)
-        digest = Path(place) / "digest"
-        digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
-        (folder / f"{key}.verified").unlink(missing_ok=True)
-        digest.replace(recorded)
-        made.replace(library)
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as place:
+            made = Path(place) / "library.so"
+            compile_library(source, flags, made)
+            digest = Path(place) / "digest"
+            digest.write_text(hashlib.sha256(made.read_bytes()).hexdigest(), encoding="ascii")
+            (folder / f"{key}.verified").unlink(missing_ok=True)
+            for file in (made, digest):  # whatever the umask: a file that a group may write to is not loaded
+                file.chmod(0o600)
+            digest.replace(recorded)
+            made.replace(library)
+    except OSError as error:
+        raise BuildFailed(f"the cache {folder} cannot be written ({error.strerror})") from error
     return library
 
 
 def _holds(library: Path, recorded: Path) -> bool:
+    """Whether a library is the recorded one, and both are the user's: the cache may have been open to others once."""
     try:
-        return hashlib.sha256(library.read_bytes()).hexdigest() == recorded.read_text(encoding="ascii")
-    except OSError:
+        own = all(file.lstat().st_uid == os.getuid() and file.lstat().st_mode & 0o022 == 0 for file in (library, recorded))
+        return own and hashlib.sha256(library.read_bytes()).hexdigest() == recorded.read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
         return False
 
 

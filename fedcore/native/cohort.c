@@ -2,7 +2,8 @@
 
    Clients come in units. A process takes the next unit, trains its clients one after another and adds their updates, weighted by
    examples, into one of a few shared sums; sums join the total in the order of the units, so that the total does not depend on how
-   many processes there are. The order of a client's examples is numpy's: Generator(Philox(SeedSequence(words))).permutation. */
+   many processes there are. All of these lie as the blob does; the last sum brings the total into torch's order. The order of a
+   client's examples is numpy's: Generator(Philox(SeedSequence(words))).permutation. */
 
 typedef struct {
     uint64_t counter[4], key[2], buffer[4];
@@ -55,13 +56,17 @@ KERNEL void filled(Philox *p) {
     p->next = 0;
 }
 
+INLINE uint64_t drawn64(Philox *p) {
+    if (p->next == 4) filled(p);
+    return p->buffer[p->next++];
+}
+
 INLINE uint32_t drawn32(Philox *p) {
     if (p->half) {
         p->half = 0;
         return p->rest;
     }
-    if (p->next == 4) filled(p);
-    const uint64_t both = p->buffer[p->next++];
+    const uint64_t both = drawn64(p);
     p->rest = (uint32_t)(both >> 32);
     p->half = 1;
     return (uint32_t)both;
@@ -108,19 +113,25 @@ typedef struct {
     const int64_t *ends;   /* where a client's end in it */
     const int64_t *units;  /* the client with which a unit ends */
     const uint32_t *words; /* from which a client's order is drawn, as many for each */
-    int64_t word_count, unit_count, room, size;
+    int64_t word_count, unit_count, room;
     double limit;          /* the norm above which an update has exploded */
     double *losses;        /* out, by client: mean loss */
     double *norms;         /* out, by client: of the update; -1: a label is no class */
-    double *sums;          /* [room][size]: unit u's in place u % room */
+    double *sums;          /* [room][BLOB]: unit u's in place u % room */
     int64_t *complete;     /* [room]: one more than the unit whose sum is there */
-    double *total;         /* [size], zero at first */
-    int64_t unit;          /* taken by this process, waiting for a place; -1: none */
+    double *joined;        /* [BLOB], zero at first: the sums that have joined */
+    double *total;         /* out, all of them, in torch's order */
+    int64_t unit;          /* taken by this process; -1: none */
+    int64_t number;        /* its next client */
+    int64_t empty;         /* whether its sum is still that of nobody */
     const uint8_t *raw;    /* examples of the whole data set that are bytes; null: they are numbers */
     const real *values;    /* [channels][256]: what bytes mean */
     const int64_t *labels; /* with bytes: of the whole data set */
     const int64_t *own;    /* 0, 1, 2, ... */
     int64_t channels, plane; /* numbers in a channel */
+    const uint32_t *coins; /* DP-SGD: from which a client's Poisson batches are drawn; null without */
+    const uint32_t *noise; /* and its noise, as many words */
+    int64_t private_count;
 } Cohort;
 
 /* A client's examples from bytes to this process's x and y. */
@@ -137,35 +148,76 @@ KERNEL void decoded(Cohort *c, const int64_t *rows, long examples) {
     }
 }
 
-KERNEL double squared(const real *update, long size) {
-    double lanes[8] = {0}, total = 0;
-    for (long i = 0; i < size; i++) lanes[i & 7] += (double)update[i] * (double)update[i];
-    for (int i = 0; i < 8; i++) total += lanes[i];
+/* The squared norm of an update. */
+KERNEL double squared(const real *restrict w, const real *restrict start) {
+    double lanes[16] = {0}, total = 0;
+    for (long t = 0; t < TRAINED; t++)
+        for (long i = trained[t].begin; i < trained[t].end; i += 16)
+            for (int k = 0; k < 16; k++) {
+                const real update = w[i + k] - start[i + k];
+                lanes[k] += (double)update * (double)update;
+            }
+    for (int k = 0; k < 16; k++) total += lanes[k];
     return total;
 }
 
-KERNEL void weighted(double *restrict sum, const real *restrict update, double weight, long size, int first) {
-    if (first)
-        for (long i = 0; i < size; i++) sum[i] = weight * (double)update[i];
-    else
-        for (long i = 0; i < size; i++) sum[i] = sum[i] + weight * (double)update[i];
+KERNEL void weighted(double *restrict sum, const real *restrict w, const real *restrict start, double weight, int first) {
+    for (long t = 0; t < TRAINED; t++)
+        if (first)
+            for (long i = trained[t].begin; i < trained[t].end; i++) sum[i] = weight * (double)(real)(w[i] - start[i]);
+        else
+            for (long i = trained[t].begin; i < trained[t].end; i++) sum[i] = sum[i] + weight * (double)(real)(w[i] - start[i]);
 }
 
-/* Trains a client; whether its update may count. */
-KERNEL int client(Cohort *c, long number) {
+#ifndef PLAIN
+/* A round of DP-SGD: dpsgd.SimulatedNoise, plan.poisson_batches. Gives the blob that it leaves, null for a label that is no class. */
+KERNEL const real *trained_privately(Cohort *c, long number, const int64_t *rows, long examples) {
+    Job *const job = c->job;
+    Philox coins, noise;
+    seeded(&coins, c->coins + number * c->private_count, c->private_count);
+    seeded(&noise, c->noise + number * c->private_count, c->private_count);
+    for (int i = 0; i < 24; i++) job->seed[i] = drawn64(&noise);
+    for (int i = 24; i < 32; i++) job->seed[i] = 1;
+    const long batches = (examples + job->batch - 1) / job->batch, steps = job->epochs * batches;
+    const double rate = 1.0 / (double)(batches ? batches : 1);
+    int64_t *const order = (int64_t *)job->order;
+    private_begin(job);
+    for (long step = 0; step < steps; step++) {
+        job->examples = 0;
+        for (long i = 0; i < examples; i++)
+            if ((double)(drawn64(&coins) >> 11) * 0x1p-53 < rate) order[job->examples++] = rows[i];
+        if (private_batch(job, step + 1 == steps)) return 0;
+    }
+    return private_blob(job);
+}
+#endif
+
+/* Trains a client; the blob that it leaves, if its update may count. */
+KERNEL const real *client(Cohort *c, long number) {
     Job *const job = c->job;
     const int64_t begin = number ? c->ends[number - 1] : 0, examples = c->ends[number] - begin;
     const int64_t *const rows = c->raw ? c->own : c->rows + begin;
     if (c->raw) decoded(c, c->rows + begin, examples);
-    order_rows(c->words + number * c->word_count, c->word_count, rows, examples, job->epochs, (int64_t *)job->order);
-    job->examples = examples;
     c->norms[number] = -1;
     c->losses[number] = 0;
-    if (train(job)) return 0;
-    const double norm = __builtin_sqrt(squared(job->update, c->size)), loss = job->loss / (double)(examples * job->epochs);
+    const real *now;
+    real check = 0;
+#ifndef PLAIN
+    if (c->coins) {
+        now = trained_privately(c, number, rows, examples);
+    } else
+#endif
+    {
+        order_rows(c->words + number * c->word_count, c->word_count, rows, examples, job->epochs, (int64_t *)job->order);
+        job->examples = examples;
+        now = trained_blob(job, &check);
+    }
+    if (!now) return 0;
+    const double norm = check == 0 ? __builtin_sqrt(squared(now, job->start)) : (double)check;
+    const double loss = c->coins ? 0 /* exact, and therefore not told */ : job->loss / (double)(examples * job->epochs);
     c->norms[number] = norm;
     c->losses[number] = loss;
-    return norm <= c->limit && loss - loss == 0;
+    return norm <= c->limit && loss - loss == 0 ? now : 0;
 }
 
 /* Sums that are complete and next in order join the total; one process does so at a time. */
@@ -175,8 +227,9 @@ KERNEL void join(Cohort *c) {
         if (__atomic_exchange_n(&board->adding, 1, __ATOMIC_ACQUIRE)) return;
         int64_t unit = board->joined;
         while (unit < c->unit_count && __atomic_load_n(&c->complete[unit % c->room], __ATOMIC_ACQUIRE) == unit + 1) {
-            const double *const sum = c->sums + unit % c->room * c->size;
-            for (long i = 0; i < c->size; i++) c->total[i] += sum[i];
+            const double *const sum = c->sums + unit % c->room * BLOB;
+            for (long i = 0; i < BLOB; i++) c->joined[i] += sum[i];
+            if (unit + 1 == c->unit_count) export_sum(c->joined, c->total);
             __atomic_store_n(&board->joined, ++unit, __ATOMIC_RELEASE);
         }
         __atomic_store_n(&board->adding, 0, __ATOMIC_SEQ_CST);
@@ -184,24 +237,34 @@ KERNEL void join(Cohort *c) {
     }
 }
 
-/* Takes units until none is left (returns 0), or until there is no place for the next one's sum (1: call again). */
+#define AT_ONCE 16 /* clients that one call trains at most, so that who calls may be interrupted */
+
+/* Takes units until none is left (returns 0), until there is no place for the next one's sum (1: call again in a while), or until
+   it has trained enough clients (2: call again). */
 __attribute__((visibility("default"))) int run_cohort(Cohort *c) {
     Board *const board = c->board;
-    for (;;) {
-        if (c->unit < 0) c->unit = __atomic_fetch_add(&board->next, 1, __ATOMIC_RELAXED);
-        if (c->unit >= c->unit_count) return 0;
+    for (int trained = 0;;) {
+        if (c->unit < 0) {
+            const int64_t taken = __atomic_fetch_add(&board->next, 1, __ATOMIC_RELAXED);
+            if (taken >= c->unit_count) return 0;
+            c->unit = taken;
+            c->number = c->unit ? c->units[c->unit - 1] : 0;
+            c->empty = 1;
+        }
         if (c->unit - __atomic_load_n(&board->joined, __ATOMIC_ACQUIRE) >= c->room) return 1;
-        double *const sum = c->sums + c->unit % c->room * c->size;
-        int first = 1;
-        for (long number = c->unit ? c->units[c->unit - 1] : 0; number < c->units[c->unit]; number++) {
-            if (client(c, number)) {
-                weighted(sum, c->job->update, (double)c->job->examples, c->size, first);
-                first = 0;
+        double *const sum = c->sums + c->unit % c->room * BLOB;
+        for (; c->number < c->units[c->unit]; c->number++) {
+            if (trained++ == AT_ONCE) return 2;
+            const real *const now = client(c, c->number);
+            if (now) {
+                const long examples = c->ends[c->number] - (c->number ? c->ends[c->number - 1] : 0);
+                weighted(sum, now, c->job->start, (double)examples, (int)c->empty);
+                c->empty = 0;
             }
             __atomic_fetch_add(&board->finished, 1, __ATOMIC_RELAXED);
         }
-        if (first)
-            for (long i = 0; i < c->size; i++) sum[i] = 0;
+        if (c->empty)
+            for (long i = 0; i < BLOB; i++) sum[i] = 0;
         __atomic_store_n(&c->complete[c->unit % c->room], c->unit + 1, __ATOMIC_SEQ_CST);
         c->unit = -1;
         join(c);

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
+from fedcore.errors import Refused
 from fedcore.native.blocks import LANES, Blocks, plan
 from fedcore.native.build import AVX2, COMMON, NEON, SHARED, BuildFailed, compile_library
 from fedcore.native.emit import source
 from fedcore.native.layers import lower
+from fedcore.native.manifest import describe
 from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
+from fedcore.portable.library import MANIFEST
 
 __all__ = ["DEVICES", "Delivery", "deliver", "load_alignment"]
 
@@ -43,10 +46,11 @@ DEVICES: Mapping[str, Device] = {
     "aarch64-android": Device(
         Target("neon", ("-target", "aarch64-linux-android", "-mcpu=generic"), 6), (*SHARED, _PAGES), "libtrainer.so"
     ),
-    # Fused as on other processors: the one instruction that multiplies and adds rounds twice, the other has to be asked for.
+    # Fused as on other processors: the one instruction that multiplies and adds rounds twice, the other has to be asked for. It is
+    # not where rounding to a grid says so, which plain "fast" does not heed.
     "cortex-m4": Device(
         Target("m4", ("-target", "thumb-freestanding-eabihf", "-mcpu=cortex_m4+vfp4d16sp-slowfpvfmx-slowfpvmlx"), 6),
-        ("-Os", "-ffp-contract=fast", "-ffunction-sections", "-c"), "trainer.o", rows=1,
+        ("-Os", "-ffp-contract=fast-honor-pragmas", "-ffunction-sections", "-c"), "trainer.o", rows=1,
     ),
 }  # fmt: skip
 
@@ -54,7 +58,8 @@ DEVICES: Mapping[str, Device] = {
 @dataclass(frozen=True)
 class Delivery:
     """What was built. ``code_bytes``: instructions and constants; ``parameter_bytes``: of the model; ``peak_bytes``: memory of one
-    training step beside the examples: parameters, workspace and update."""
+    training step beside the examples: parameters, workspace and update; ``description``: the file that an agent reads, or why there
+    is none."""
 
     target: str
     file: str
@@ -64,10 +69,16 @@ class Delivery:
     workspace_bytes: int
     peak_bytes: int
     examples_together: int
+    description: str = ""
+    no_description: str = ""
 
 
-def deliver(model: nn.Module, input_shape: tuple[int, ...], target: str, out: Path) -> Delivery:
-    """Write ``trainer.c``, ``trainer.h`` and the compiled file for a target into the directory ``out``.
+def deliver(
+    model: nn.Module, input_shape: tuple[int, ...], target: str, out: Path, batches: Iterable[int] = (),
+    loss: str = "cross_entropy",
+) -> Delivery:  # fmt: skip
+    """Write ``trainer.c``, ``trainer.h`` and the compiled file for a target into the directory ``out``, and for a device's agent
+    ``trainer.json``, which names the training steps of ``batches`` too. It minimizes one ``loss`` of `config.LOSSES`.
 
     Raises:
         Unsupported: a layer that the generator does not know.
@@ -78,13 +89,20 @@ def deliver(model: nn.Module, input_shape: tuple[int, ...], target: str, out: Pa
     device = DEVICES[target]
     blocks = plan(lower(model, input_shape), model)
     memory = plan_memory(blocks, device.rows)
-    text = source(blocks, memory, device.processor)
+    text = source(blocks, memory, device.processor, loss)
     library = out / device.file
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "trainer.h").write_text(_header(blocks, memory), encoding="ascii")
+        (out / "trainer.h").write_text(_header(blocks, memory, loss), encoding="ascii")
         compile_library(text, (*device.processor.flags, *COMMON, *device.flags), library)
         library.with_suffix(".c").replace(out / "trainer.c")  # which the compiler was given
+        (out / MANIFEST).unlink(missing_ok=True)
+        why = ""
+        try:
+            described = describe(model, input_shape, blocks, memory, library, device.processor, batches, loss)
+            (out / MANIFEST).write_text(described.to_json(), encoding="utf-8")
+        except Refused as error:
+            why = str(error)
     except OSError as error:
         raise BuildFailed(f"{out} cannot be written ({error.strerror})") from error
     parameters = sum(math.prod(parameter.dims) for parameter in blocks.parameters)
@@ -92,7 +110,7 @@ def deliver(model: nn.Module, input_shape: tuple[int, ...], target: str, out: Pa
     blobs = _NUMBER * (blocks.blob + LANES + blocks.trainable + LANES)
     return Delivery(
         target, str(library), _code_bytes(library.read_bytes()), parameters, _NUMBER * parameters, workspace, workspace + blobs,
-        memory.rows,
+        memory.rows, "" if why else str(out / MANIFEST), why,
     )  # fmt: skip
 
 
@@ -129,7 +147,7 @@ def _code_bytes(library: bytes) -> int:
     return total
 
 
-def _header(blocks: Blocks, memory: Memory) -> str:
+def _header(blocks: Blocks, memory: Memory, loss: str = "cross_entropy") -> str:
     source_shape = blocks.network.source
     sizes = {
         "EXAMPLE": (source_shape[0] * source_shape[1] * source_shape[2], "numbers of one example, as torch lays them out"),
@@ -139,13 +157,14 @@ def _header(blocks: Blocks, memory: Memory) -> str:
         "RANGES": (len(blocks.quantizers), "activation ranges; on = 0 in each before calibration"),
         "WORK": (memory.numbers, "numbers of workspace, zero before the first call"),
         "BYTES": (memory.bytes, "bytes of workspace"),
-        "PADDING": (LANES, "numbers behind x, ranges and update that may be read or written"),
+        "PADDING": (LANES, "numbers behind x, ranges, noise and update that may be read or written"),
     }
     frozen = [parameter.name for parameter in blocks.parameters if not parameter.trainable]
     lines = [
         "/* A client's local training in one call; see fedcore native build. No libc is needed. Buffers begin at 64 bytes. */",
         "#ifndef TRAINER_H", "#define TRAINER_H", "#include <stdint.h>", "",
         *(f"#define TRAINER_{name} {value} /* {words} */" for name, (value, words) in sizes.items()), "",
+        *([] if loss == "cross_entropy" else [f"/* The loss: {loss} error to one-hot targets, the mean over classes. */"]),
         *([f"/* Frozen, and to be written into the blob by hand: {', '.join(frozen)}. */"] if frozen else []),
         _STRUCTURES,
         "#endif", "",
@@ -172,9 +191,12 @@ typedef struct {
     float *update;        /* out: local minus received parameters, TRAINER_PARAMETERS numbers */
     double rate, momentum, decay, proximal; /* SGD as torch.optim.SGD has it, and FedProx's mu */
     double loss;          /* out: the sum of the losses of all examples trained on */
-    const float *noise;   /* DP-SGD: where a step's gradient begins */
+    const float *noise;   /* DP-SGD: TRAINER_PARAMETERS numbers that are added to the sum of a step's gradients */
     double bound;         /* DP-SGD: the clipping norm */
     int64_t step;         /* DP-SGD: steps made so far */
+    uint64_t *seed;       /* these three are of no use here */
+    double deviation;
+    float *fresh;
 } TrainerJob;
 
 #ifdef __cplusplus

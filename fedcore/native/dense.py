@@ -6,12 +6,14 @@ optimizer's step is part of the weight gradient: a weight is read and written on
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 
 from fedcore.native.blocks import LANES, Linear
+from fedcore.native.order import arranged_row
 from fedcore.native.tiles import Target, balanced, counted, finish, function, live
 
-__all__ = ["dense_finish", "dense_forward", "dense_input_gradient", "dense_masked", "dense_update"]
+__all__ = ["dense_finish", "dense_forward", "dense_input_gradient", "dense_masked", "dense_noised", "dense_update"]
 
 _ROWS = (10, 4, 1)  # rows of a tile
 
@@ -168,31 +170,57 @@ def dense_update(name: str, block: Linear, target: Target, rounded: str = "") ->
     from registers: others wait in ``spare``, so that what they read beside is read in one run. The kernel ``rounded``, if there
     is one, brings new weights to q while they are near.
     """
+    heights, widths = _tiles(block, target)
+    kernels = [_update_tile(f"{name}_{tall}x{wide}", block, tall, wide) for tall, _ in heights for wide, _ in widths]
+    body = _rows_of(name, block, target, rounded, lambda _: ["const real *const from = first ? 0 : g + of;"])
+    return "\n".join([*kernels, function(f"{name}({_UPDATE})", list(body))])
+
+
+def dense_noised(name: str, tiles: str, block: Linear, target: Target, rounded: str = "") -> str:
+    """``name(..., noise)``: as `dense_update`, whose tiles it calls, for sums that begin with noise, drawn as it is needed."""
+    inputs, arranged = math.prod(block.weight.dims[1:]), f"arranged_{name}"
+
+    def begun(rows: int) -> list[str]:
+        if inputs == block.inputs and block.source.channels in {1, inputs}:
+            return [f"const real *const from = first ? drawn(noise, {rows * inputs}) : g + of;"]
+        body = f"for (long r = 0; r < {rows}; r++) {arranged}(drawn(noise, {inputs}), g + of + r * {block.inputs});"
+        return ["const real *const from = g + of;", f"if (first) {body}"]
+
+    body = list(_rows_of(tiles, block, target, rounded, begun))
+    return "\n".join([arranged_row(arranged, block), function(f"{name}({_UPDATE}, Noise *noise)", body)])
+
+
+def _tiles(block: Linear, target: Target) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Heights of tiles in outputs, and widths in vectors of inputs, with how often each occurs."""
     vectors, outputs = block.inputs // LANES, block.layer.shape[0]
     wide = max(balanced(vectors, 3 if target.accumulators > 8 else 2))
     tall = max(balanced(outputs, max(1, min(8, target.accumulators // wide))))
-    kernels, body, down = [], [], 0
-    rows = balanced(outputs, tall)
-    for size in sorted(set(rows), reverse=True):
-        repeat, across = rows.count(size), 0
-        columns = balanced(vectors, wide)
-        body.append(f"for (long o = {down}; o < {down + size * repeat}; o += {size}) {{")
-        body.append(f"const long of = o * {block.inputs};")
-        for width in sorted(set(columns), reverse=True):
-            end = across + columns.count(width) * width * LANES
-            kernels.append(_update_tile(f"{name}_{size}x{width}", block, size, width))
-            body.append(f"for (long i = {across}; i < {end}; i += {width * LANES}) {{")
-            body.append("real *const to = !last ? g + of + i : rule->plain ? 0 : spare + i;")
-            body.append(f"{name}_{size}x{width}(d + o, x + i, w + of + i, now + of + i, g + of + i, to, rule, rows, first);")
-            body.append("}")
+    return counted(balanced(outputs, tall)), counted(balanced(vectors, wide))
+
+
+def _rows_of(
+    tiles: str, block: Linear, target: Target, rounded: str, begun: Callable[[int], list[str]]
+) -> Iterator[str]:  # fmt: skip
+    """All tiles, some rows after others; ``begun(rows)`` says where their sums begin: ``from``, null for zeros."""
+    (heights, widths), down = _tiles(block, target), 0
+    for size, repeat in heights:
+        across = 0
+        yield f"for (long o = {down}; o < {down + size * repeat}; o += {size}) {{"
+        yield f"const long of = o * {block.inputs};"
+        yield from begun(size)
+        for width, columns in widths:
+            end = across + columns * width * LANES
+            yield f"for (long i = {across}; i < {end}; i += {width * LANES}) {{"
+            yield "real *const to = !last ? g + of + i : rule->plain ? 0 : spare + i;"
+            yield f"{tiles}_{size}x{width}(d + o, x + i, w + of + i, now + of + i, from ? from + i : 0, to, rule, rows);"
+            yield "}"
             across = end
         count = size * block.inputs
-        body.append(f"if (last && !rule->plain) steps(w + of, now + of, start + of, velocity + of, spare, {count}, rule);")
+        yield f"if (last && !rule->plain) steps(w + of, now + of, start + of, velocity + of, spare, {count}, rule);"
         if rounded:
-            body.append(f"if (last && !rule->end) {rounded}(w + of, q + of, {size});")
-        body.append("}")
+            yield f"if (last && !rule->end) {rounded}(w + of, q + of, {size});"
+        yield "}"
         down += size * repeat
-    return "\n".join([*dict.fromkeys(kernels), function(f"{name}({_UPDATE})", body)])
 
 
 _UPDATE = (
@@ -200,16 +228,16 @@ _UPDATE = (
     "real *g, real *spare, real *q, const Rule *rule, long rows, int first, int last"
 )
 _TILE = (
-    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *g, real *to, const Rule *rule, "
-    "long rows, int first"
+    "const real *restrict d, const real *restrict x, real *w, const real *now, const real *from, real *to, const Rule *rule, "
+    "long rows"
 )
 
 
 def _update_tile(head: str, block: Linear, tall: int, wide: int) -> str:
     each = [(o, c, o * block.inputs + c * LANES) for o in range(tall) for c in range(wide)]
     body = [f"V16 a{o}_{c} = (V16){{0}};" for o, c, _ in each]
-    body.append("if (!first) {")
-    body += [f"a{o}_{c} = load16(g + {at});" for o, c, at in each]
+    body.append("if (from) {")
+    body += [f"a{o}_{c} = load16(from + {at});" for o, c, at in each]
     body.append("}")
     body.append(f"for (long b = 0; b < rows; b++, d += {block.target.size}, x += {block.source.size}) {{")
     body += [f"    V16 x{c} = load16(x + {c * LANES});" for c in range(wide)]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
-from fedcore.native import dense, forward, input_gradients, normalisation, plain, private, weight_gradients
+from fedcore.native import dense, forward, input_gradients, normalisation, order, plain, private, weight_gradients
 from fedcore.native.blocks import Addition, Block, Blocks, Conv, Depthwise, Linear, Normal, Parameter, Pointwise, Pooling
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import Target, marks
@@ -13,41 +15,57 @@ from fedcore.native.tiles import Target, marks
 __all__ = ["engine_source", "source"]
 
 
-def source(blocks: Blocks, memory: Memory, target: Target) -> str:
+_LOSSES = {"cross_entropy": plain.loss, "squared": plain.squared_loss}
+
+
+def source(blocks: Blocks, memory: Memory, target: Target, loss: str = "cross_entropy") -> str:
     """C99 with the vector extensions of GCC and Clang; with -DDOUBLE it computes in double precision."""
-    writer = _Writer(blocks, memory, target)
-    prelude = Path(__file__).with_name("prelude.c").read_text(encoding="utf-8")
-    return "\n".join([prelude, *writer.kernels(), writer.part(), writer.begin_batch(), writer.train(), *writer.private()])
+    return "\n".join([*_trainer(blocks, memory, target, loss), private.GIVEN])
 
 
-def engine_source(blocks: Blocks, memory: Memory, target: Target) -> str:
+def engine_source(blocks: Blocks, memory: Memory, target: Target, loss: str = "cross_entropy") -> str:
     """The trainer with what only simulations call: whole cohorts, drawn noise."""
-    parts = [Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("cohort.c", "noise.c")]
-    return "\n".join([source(blocks, memory, target), *parts])
+    summed = order.summed(blocks.parameters, blocks.blob)
+    return "\n".join([*_trainer(blocks, memory, target, loss), summed, *map(_file, ("noise.c", "cohort.c"))])
+
+
+def _trainer(blocks: Blocks, memory: Memory, target: Target, loss: str) -> Iterator[str]:
+    writer = _Writer(blocks, memory, target, loss)
+    yield _file("prelude.c")
+    yield from writer.kernels()
+    yield from (writer.part(), writer.begin_batch(), writer.train())
+    yield from writer.private()
+
+
+def _file(name: str) -> str:
+    return Path(__file__).with_name(name).read_text(encoding="utf-8")
 
 
 class _Writer:
     """Kernels of every block, and the functions that call them in order."""
 
-    def __init__(self, blocks: Blocks, memory: Memory, target: Target) -> None:
-        self.blocks, self.memory, self.target = blocks, memory, target
+    def __init__(self, blocks: Blocks, memory: Memory, target: Target, loss: str) -> None:
+        self.blocks, self.memory, self.target, self.loss = blocks, memory, target, loss
         self.linear_weights = {b.weight.name for b in blocks.blocks if isinstance(b, Linear)}
 
     def kernels(self) -> Iterator[str]:
         """Definitions of all kernels."""
         yield plain.gather("gather", self.blocks.input)
+        yield order.squares()
         for i, block in enumerate(self.blocks.blocks):
             yield from self._kernels(i, block)
-        yield plain.loss("loss", self.blocks.network.classes)
+        yield _LOSSES[self.loss]("loss", self.blocks.network.classes)
         yield plain.small_steps("small_steps", self._small())
-        yield plain.small_steps("all_steps", plain.merged([p for p in self.blocks.parameters if p.trainable]))
-        yield plain.travel(self.blocks.parameters)
+        for parameter in self._noised():
+            if parameter.name not in self.linear_weights:
+                yield order.added(f"added{parameter.offset}", parameter)
+        yield order.travel(self.blocks.parameters)
 
     def _kernels(self, i: int, block: Block) -> Iterator[str]:
         if isinstance(block, (Conv, Depthwise, Linear)) and block.layer.rounded:
             yield plain.round_weights(f"grid{i}", block)
         if isinstance(block, Conv) and not block.by_tap:
-            yield plain.transposed(f"transposed{i}", block)
+            yield order.transposed(f"transposed{i}", block)
         yield self._forward_kernel(f"forward{i}", block)
         if isinstance(block, Linear):
             yield dense.dense_finish(f"finish{i}", block)
@@ -58,6 +76,8 @@ class _Writer:
             yield weight_gradients.masked_gradient(f"masked{i}", block, biased)
         if self._learns(i, block):
             yield self._weight_kernel(i, block)
+            if isinstance(block, Linear):
+                yield dense.dense_noised(f"noised{i}", f"update{i}", block, self.target, _grid(i, block))
         if i > self.blocks.first:
             yield self._input_kernel(f"input{i}", block)
         if isinstance(block, Addition) and block.skip >= self.blocks.first:
@@ -81,7 +101,7 @@ class _Writer:
     def _weight_kernel(self, i: int, block: Block) -> str:
         match block:
             case Linear():
-                return dense.dense_update(f"update{i}", block, self.target, f"grid{i}" if block.layer.rounded else "")
+                return dense.dense_update(f"update{i}", block, self.target, _grid(i, block))
             case Conv():
                 return weight_gradients.conv_weight_gradient(f"weight{i}", block, self.target)
             case Depthwise():
@@ -106,9 +126,21 @@ class _Writer:
             case Normal():
                 return normalisation.normal_input_gradient(name, block)
 
+    def _noised(self) -> list[Parameter]:
+        """The trainable parameters, in torch's order."""
+        return [p for p in self.blocks.parameters if p.trainable]
+
     def _small(self) -> list[tuple[int, int]]:
         """Ranges of the blob with all trainable parameters but the weights of fully connected layers."""
-        return plain.merged([p for p in self.blocks.parameters if p.trainable and p.name not in self.linear_weights])
+        return order.merged([p for p in self._noised() if p.name not in self.linear_weights])
+
+    def _split(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """`_small`, apart: what an example's gradients are added to, and what they overwrite."""
+        own = [b for i, b in enumerate(self.blocks.blocks) if isinstance(b, Conv) and self._learns(i, b)]
+        whole = {b.weight.name: weight_gradients.weights_size(b) for b in own if weight_gradients.overwrites(b)}
+        added = [p for p in self._noised() if p.name not in self.linear_weights]
+        rest = [replace(p, offset=p.offset + whole.get(p.name, 0), size=p.size - whole.get(p.name, 0)) for p in added]
+        return order.merged(rest), [(p.offset, whole[p.name]) for p in added if p.name in whole]
 
     def _learns(self, i: int, block: Block) -> bool:
         if i < self.blocks.first:
@@ -164,7 +196,7 @@ class _Writer:
             if isinstance(block, Conv) and not block.by_tap:
                 body.append(f"transposed{i}({self._weights(i, block)}, {self._at(f't{i}')});")
         small = [p for p in self.blocks.parameters if p.name not in self.linear_weights]
-        body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in plain.merged(small)]
+        body += [f"clear({self._at('g', 0, offset)}, {size});" for offset, size in order.merged(small)]
         arguments = "(real *work, const real *now, const real *start)"
         following = [f"KERNEL void next_batch{arguments} {{", *body, "}"]
         return "\n".join([
@@ -180,14 +212,14 @@ class _Writer:
             block = self.blocks.blocks[i]
             if isinstance(block, Linear):
                 linear += self._linear_norms(i, block)
-                scaled += self._linear_scaled(i, block)
+                scaled.append(self._linear_scaled(i, block))
             elif i > self.blocks.flat:
                 linear += ["for (long s = 0; s < rows; s++) {", *self._plane_backward(i, block), "}"]
                 plane += self._own_gradients(i, block) if isinstance(block, Normal) else []
             else:
-                plane += self._plane_backward(i, block)
-        forward = [*self._forward(), *self._losses()]
-        yield private.private_part(self.memory, forward, linear, plane, scaled, self._small())
+                plane += self._plane_backward(i, block, "1")
+        forward = [*self._forward("sums[s]"), *self._losses()]
+        yield private.private_part(self.memory, forward, linear, plane, [*scaled, *self._noisy_sums()], *self._split())
         yield private.private_entries(self.blocks, self.memory)
 
     def _linear_norms(self, i: int, block: Linear) -> Iterator[str]:
@@ -207,12 +239,26 @@ class _Writer:
         blocks = enumerate(self.blocks.blocks)
         return [(n, b) for n, b in blocks if isinstance(b, Addition) and b.skip == i >= self.blocks.first]
 
-    def _linear_scaled(self, i: int, block: Linear) -> Iterator[str]:
-        x, d, at = self._out(i - 1, row=False), self._gradient(i, row=False), block.weight.offset
+    def _linear_scaled(self, i: int, block: Linear) -> str:
         bias = f"total + {block.bias.offset}" if block.bias else "total"
-        yield f"scaled{i}({x}, {d}, factors, {bias}, rows);"
-        if self._learns(i, block):
-            yield f"update{i}({d}, {x}, w, now, start, velocity, total + {at}, w, w, rule, rows, 0, 0);"
+        return f"scaled{i}({self._out(i - 1, row=False)}, {self._gradient(i, row=False)}, factors, {bias}, rows);"
+
+    def _noisy_sums(self) -> Iterator[str]:
+        """The sums of linear layers' weights, and the noise of all parameters in torch's order."""
+        blocks = {b.weight.name: (i, b) for i, b in enumerate(self.blocks.blocks) if isinstance(b, Linear)}
+        for parameter in self._noised():
+            if parameter.name in blocks:
+                i, block = blocks[parameter.name]
+                x, d = self._out(i - 1, row=False), self._gradient(i, row=False)
+                yield f"noised{i}({d}, {x}, {self._updating(i, block, 'total')}, rule, rows, first, last, noise);"
+            else:
+                count = math.prod(parameter.dims)
+                yield f"if (first) added{parameter.offset}(drawn(noise, {count}), total);"
+
+    def _updating(self, i: int, block: Linear, sums: str) -> str:
+        """Arguments of a linear layer's step: its place in the blobs, room for a gradient that waits, and the rounded weights."""
+        blobs = ", ".join(f"{blob} + {block.weight.offset}" for blob in ("w", "now", "start", "velocity", sums))
+        return f"{blobs}, {self._at('example')}, {self._at(f'q{i}') if block.layer.rounded else 'w'}"
 
     def _losses(self) -> Iterator[str]:
         last = len(self.blocks.blocks) - 1
@@ -231,11 +277,12 @@ class _Writer:
         ]  # fmt: skip
         return "\n".join([f"{head} {{", *names, *lines, "}", ""])
 
-    def _forward(self) -> Iterator[str]:
+    def _forward(self, check: str = "*check") -> Iterator[str]:
+        """The forward pass; ``check`` becomes nan where a number of an example is not finite, which a pool would hide."""
         entry, channels = self.blocks.input, self.blocks.network.source
         yield "for (long s = 0; s < rows; s++) {"
         examples = f"job->x + order[s] * {channels[0] * channels[1] * channels[2]}"
-        yield f"*check += gather({examples}, {self._out(-1)}, job->ranges + {entry.quantizer or 0});"
+        yield f"{check} += gather({examples}, {self._out(-1)}, job->ranges + {entry.quantizer or 0});"
         inside = True
         for i, block in enumerate(self.blocks.blocks):
             if isinstance(block, Linear):
@@ -285,13 +332,10 @@ class _Writer:
         yield f"masked{i}({d}, {out}, {self._mark(i, row=False)}, {self._bias_gradient(block)}, rows);"
         yield from self._linear_input(i, block)
         if self._learns(i, block):
-            at = block.weight.offset
-            spare, q = self._at("example"), self._at(f"q{i}") if block.layer.rounded else "w"
-            blobs = f"w + {at}, now + {at}, start + {at}, velocity + {at}, g + {at}, {spare}, {q}"
-            yield f"update{i}({d}, {self._out(i - 1, row=False)}, {blobs}, rule, rows, first, last);"
+            yield f"update{i}({d}, {self._out(i - 1, row=False)}, {self._updating(i, block, 'g')}, rule, rows, first, last);"
 
-    def _plane_backward(self, i: int, block: Block) -> Iterator[str]:
-        yield from self._own_gradients(i, block)
+    def _plane_backward(self, i: int, block: Block, fresh: str = "0") -> Iterator[str]:
+        yield from self._own_gradients(i, block, fresh)
         gm, mark = self._at("gm"), self._mark(i)
         if isinstance(block, Addition) and block.skip >= self.blocks.first:
             yield f"skip{i}({gm}, {mark}, {self._skip(i, block, block.other.origin)});"
@@ -312,8 +356,8 @@ class _Writer:
                 yield f"input{i}({gm}, {mark}, {self._gradient(i - 1, block.source.origin)});"
         yield from (f"accumulate({into}, {self._skip(n, b)}, {b.other.size});" for n, b in self._sums(i - 1))
 
-    def _own_gradients(self, i: int, block: Block) -> Iterator[str]:
-        """The masked gradient of example s, and those of the block's parameters."""
+    def _own_gradients(self, i: int, block: Block, fresh: str = "0") -> Iterator[str]:
+        """The masked gradient of example s, and those of the block's parameters; ``fresh`` where they overwrite."""
         origin, gm, mark = block.target.origin, self._at("gm"), self._mark(i)
         at = f"(word *)({self._at('at')})" if "at" in self.memory.places else "(word *)work"
         yield f"masked{i}({self._gradient(i, origin)}, {self._out(i, origin)}, {mark}, {gm}, {at}, {self._bias_gradient(block)});"
@@ -322,8 +366,12 @@ class _Writer:
             values = f"{self._statistics(i, block)}, {self._at('moments')}, {into}"
             yield f"weight{i}({self._out(i - 1, block.source.origin)}, {gm}, {values});"
         elif self._learns(i, block) and isinstance(block, (Conv, Depthwise)):
-            inputs = f"{gm}, {at}, {mark}" if isinstance(block, Conv) else gm
-            yield f"weight{i}({self._out(i - 1)}, {inputs}, g + {block.weight.offset});"
+            into = f"g + {block.weight.offset}"
+            if isinstance(block, Conv):
+                over = fresh if weight_gradients.overwrites(block) else "0"
+                yield f"weight{i}({self._out(i - 1)}, {gm}, {at}, {mark}, {into}, {over});"
+            else:
+                yield f"weight{i}({self._out(i - 1)}, {gm}, {into});"
 
     def _scale(self, block: Normal) -> str:
         return _place(block.weight) if block.weight else "now"
@@ -333,17 +381,18 @@ class _Writer:
         return self._at(f"skip{i}", block.other.size if i > self.blocks.flat else 0, extra)
 
     def train(self) -> str:
-        """The entry point: all epochs of one client. Returns 1 for a label that is no class."""
+        """``trained_blob``, all epochs of one client, gives the blob that they leave, null for a label that is no class, and in
+        ``check`` nan if a value was not finite. The entry point ``train`` writes the update, or returns 1."""
         count = self.blocks.trainable
         return f"""
-__attribute__((visibility("default"))) int train(Job *job) {{
+KERNEL const real *trained_blob(Job *job, real *check) {{
     real *const work = job->work, *const w = {self._at("w")}, *const velocity = {self._at("velocity")};
     Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0, 1, 0}};
     rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
     for (long i = 0; i < job->examples; i++)
-        if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {self.blocks.network.classes}) return 1;
+        if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {self.blocks.network.classes}) return 0;
     job->loss = 0;
-    real check = 0;
+    *check = 0;
     const real *now = job->start;
     for (long epoch = 0; epoch < job->epochs; epoch++)
         for (long begin = 0; begin < job->examples; begin += job->batch) {{
@@ -355,13 +404,20 @@ __attribute__((visibility("default"))) int train(Job *job) {{
             rule.end = epoch + 1 == job->epochs && begin + count == job->examples;
             for (long p = 0; p < parts; p++) {{
                 const long rows = count / parts + (p < count % parts);
-                part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, &check, now);
+                part(job, order, rows, 1 / (real)count, &rule, p == 0, p == parts - 1, check, now);
                 order += rows;
             }}
             small_steps(w, now, job->start, velocity, {self._at("g")}, &rule);
             now = w;
             rule.begin = 0;
         }}
+    return now;
+}}
+
+__attribute__((visibility("default"))) int train(Job *job) {{
+    real check;
+    const real *const now = trained_blob(job, &check);
+    if (!now) return 1;
     export_update(now, job->start, job->update);
     if (check != 0) {{
         for (long i = 0; i < {count}; i++) job->update[i] = check;
@@ -370,6 +426,10 @@ __attribute__((visibility("default"))) int train(Job *job) {{
     return 0;
 }}
 """
+
+
+def _grid(i: int, block: Linear) -> str:
+    return f"grid{i}" if block.layer.rounded else ""
 
 
 def _place(parameter: Parameter) -> str:

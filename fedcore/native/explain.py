@@ -20,7 +20,7 @@ from fedcore.native.memory import plan_memory
 from fedcore.native.trainer import Program, Worker
 from fedcore.training.plan import ClientData, LocalPlan
 
-__all__ = ["Explanation", "Share", "explain", "peak_gflops"]
+__all__ = ["Explanation", "Share", "explain", "operations", "peak_gflops"]
 
 _CALL = re.compile(r"^((?:forward|finish|masked|weight|input|update|grid|transposed)(\d+))\(.*\);$")
 _COUNTERS = """
@@ -67,7 +67,9 @@ class Explanation:
         return self.rest + sum(share.seconds for share in self.shares)
 
 
-def explain(model: nn.Module, input_shape: tuple[int, ...], batch: int = 10, examples: int = 50) -> Explanation:
+def explain(
+    model: nn.Module, input_shape: tuple[int, ...], batch: int = 10, examples: int = 50, loss: str = "cross_entropy"
+) -> Explanation:  # fmt: skip
     """Train one client a few times on this processor, in batches, and say where the time goes.
 
     Raises:
@@ -77,8 +79,8 @@ def explain(model: nn.Module, input_shape: tuple[int, ...], batch: int = 10, exa
     target = host_target()
     blocks = plan(lower(model, input_shape), model)
     memory = plan_memory(blocks)
-    library = build(_timed(engine_source(blocks, memory, target), len(blocks.blocks)), target)
-    worker = Worker(Program(blocks, memory, library), model)
+    library = build(_timed(engine_source(blocks, memory, target, loss), len(blocks.blocks)), target, private=False)
+    worker = Worker(Program(blocks, memory, library, private=False, loss=loss), model)
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((examples, *input_shape), np.float32))
     data = ClientData(0, x, torch.from_numpy(rng.integers(0, blocks.network.classes, examples)), rng)
@@ -86,13 +88,13 @@ def explain(model: nn.Module, input_shape: tuple[int, ...], batch: int = 10, exa
     loaded = ctypes.CDLL(str(library))
     loaded.now.restype = ctypes.c_uint64
     spent = (ctypes.c_uint64 * len(blocks.blocks)).in_dll(loaded, "spent")
-    worker.train(start, data, LocalPlan(1, batch, 0.01))
+    worker.train(start, data, LocalPlan(1, batch, 0.01, loss=loss))
     found = []
     for _ in range(_REPEATS):
         ctypes.memset(spent, 0, ctypes.sizeof(spent))
         ticks, began = loaded.now(), time.perf_counter()
         for _ in range(_RUNS):
-            worker.train(start, data, LocalPlan(1, batch, 0.01))
+            worker.train(start, data, LocalPlan(1, batch, 0.01, loss=loss))
         seconds = time.perf_counter() - began
         found.append((seconds, np.array(spent, np.float64) * seconds / (loaded.now() - ticks)))
     seconds, by_block = min(found, key=lambda one: one[0])
@@ -127,6 +129,11 @@ def _timed(text: str, count: int) -> str:
     ]  # fmt: skip
     place = next(i for i, line in enumerate(lines) if line.startswith("VECTORS("))
     return "\n".join([*lines[:place], _COUNTERS.format(count=count), *lines[place:], ""])
+
+
+def operations(blocks: Blocks) -> int:
+    """Multiplications and additions of one example's step in all layers, as a plain implementation makes them."""
+    return sum(_flops(blocks, i) for i in range(len(blocks.blocks)))
 
 
 def _flops(blocks: Blocks, i: int) -> int:

@@ -1,4 +1,4 @@
-"""All that is no product: inputs, pools, activations, the loss, rounding of weights, the step of small parameters, the update."""
+"""All that is no product: inputs, pools, activations, the loss, rounding of weights, the step of small parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from fedcore.native.blocks import (
     Depthwise,
     Input,
     Linear,
-    Parameter,
     Plane,
     Pointwise,
     Pooling,
@@ -22,8 +21,8 @@ from fedcore.native.blocks import (
 from fedcore.native.tiles import finish, function
 
 __all__ = [
-    "gather", "loss", "merged", "pointwise_forward", "pointwise_input_gradient", "pool_forward", "pool_input_gradient",
-    "round_weights", "small_steps", "transposed", "travel",
+    "gather", "loss", "pointwise_forward", "pointwise_input_gradient", "pool_forward", "pool_input_gradient", "round_weights",
+    "small_steps", "squared_loss",
 ]  # fmt: skip
 
 _FORWARD = "const real *restrict x, real *restrict out, uint8_t *restrict mark, const Range *range"
@@ -58,9 +57,9 @@ def _scalars(entry: Input, loops: str, value: str, to: str) -> Iterator[str]:
     if entry.quantizer is None:
         yield f"{to} = s; }}"
         return
-    yield "real t = s * range->inverse; real u = t + MAGIC; t = u - MAGIC;"
+    yield '{ _Pragma("clang fp contract(off)") real t = s * range->inverse; real u = t + MAGIC; t = u - MAGIC;'
     yield "t = t < range->low ? range->low : t; t = t > range->high ? range->high : t;"
-    yield f"{to} = range->on != 0 ? t * range->scale : s; }}"
+    yield f"{to} = range->on != 0 ? t * range->scale : s; }}}}"
 
 
 def pointwise_forward(name: str, block: Pointwise | Addition) -> str:
@@ -171,6 +170,16 @@ def loss(name: str, classes: int) -> str:
     return function(f"{name}(const real *restrict z, long y, real *restrict d, real share, double *sum)", body)
 
 
+def squared_loss(name: str, classes: int) -> str:
+    """As `loss`: the squared error of a row of outputs to a one-hot target, mean over classes; d = share * 2 * error / classes."""
+    depth = padded(classes)
+    body = ["V16 all = (V16){0};", f"const real scale = share * 2 / {classes};", f"for (long v = 0; v < {depth}; v += {LANES}) {{"]
+    body.append("V16 t = load16(z + v);")
+    body.append(f"for (long c = 0; c < {LANES}; c++) t[c] = v + c < {classes} ? t[c] - (real)(v + c == y) : 0;")
+    body += ["store16(d + v, t * scale); all = all + t * t;", "}", f"*sum += (double)sum16(all) / {classes};"]
+    return function(f"{name}(const real *restrict z, long y, real *restrict d, real share, double *sum)", body)
+
+
 def round_weights(name: str, block: Conv | Depthwise | Linear) -> str:
     """``name(w, q)``, for fully connected layers ``name(w, q, rows)``: weights to their int8 grids, a scale per output channel."""
     if isinstance(block, Linear):
@@ -212,130 +221,9 @@ def _round_rows(name: str, rows: int | str, size: int, lanes: int) -> str:
     return function(f"{name}(const real *restrict w, real *restrict q)", body)
 
 
-def transposed(name: str, block: Conv) -> str:
-    """``name(w, t)``: weights by row to weights by tap, for the forward kernel."""
-    (kh, kw), inputs, outputs, source = block.layer.kernel, block.source.channels, block.target.channels, block.source
-    depth, size = block.target.depth, kh * block.run
-    body = [f"for (long r = 0; r < {kh}; r++) for (long s = 0; s < {kw}; s++) for (long c = 0; c < {inputs}; c++)"]
-    body.append(f"for (long o = 0; o < {outputs}; o++)")
-    body.append(f"    t[((r * {kw} + s) * {inputs} + c) * {depth} + o] = w[o * {size} + r * {block.run} + s * {source.depth} + c];")
-    if inputs == source.depth and outputs % LANES == block.span % LANES == 0:
-        squares = [f"for (long r = 0; r < {kh}; r++) for (long k = 0; k < {block.span}; k += {LANES})"]
-        squares.append(f"for (long o = 0; o < {outputs}; o += {LANES}) {{")
-        squares.append(
-            f"const real *from = w + o * {size} + r * {block.run} + k; real *to = t + (r * {block.span} + k) * {depth} + o;"
-        )
-        squares += [f"V16 t{i} = load16(from + {i * size});" for i in range(LANES)]
-        squares += [*_exchanged(), *(f"store16(to + {i * depth}, t{i});" for i in range(LANES)), "}"]
-        # Where there are no vectors, squares in registers are much code.
-        body = ["#ifdef __thumb__", *body, "#else", *squares, "#endif"]
-    return function(f"{name}(const real *restrict w, real *restrict t)", body, cold=True)
-
-
 def small_steps(name: str, ranges: Sequence[tuple[int, int]]) -> str:
     """``name(w, now, start, velocity, g, rule)``: the optimizer's step of ranges (offset, size) of the blob."""
     blobs = ", ".join(f"{blob} + {{0}}" for blob in ("w", "now", "start", "velocity", "g"))
     body = [f"steps({blobs.format(offset)}, {size}, rule);" for offset, size in ranges]
     head = "real *w, const real *now, const real *start, real *restrict velocity, const real *restrict g, const Rule *rule"
     return function(f"{name}({head})", body, cold=True)
-
-
-def merged(parameters: Sequence[Parameter]) -> list[tuple[int, int]]:
-    """Ranges of the blob that parameters fill, neighbours together."""
-    ranges: list[tuple[int, int]] = []
-    for parameter in sorted(parameters, key=lambda p: p.offset):
-        if ranges and sum(ranges[-1]) == parameter.offset:
-            ranges[-1] = (ranges[-1][0], ranges[-1][1] + parameter.size)
-        else:
-            ranges.append((parameter.offset, parameter.size))
-    return ranges
-
-
-def travel(parameters: Sequence[Parameter]) -> str:
-    """``import_start(blob, values)`` and ``export_update(w, start, update)``: between torch's order of the trainable parameters and
-    the blob; the update is local minus start."""
-    into: list[str] = []
-    out: list[str] = []
-    at, count = 0, sum(math.prod(parameter.dims) for parameter in parameters if parameter.trainable)
-    for parameter in parameters:
-        if parameter.trainable:
-            dims, strides = _joined(parameter.dims, parameter.strides)
-            loops, place, there = _nested(dims, strides, parameter.offset, at)
-            squares = len(dims) > 1 and strides[-2] == 1 and dims[-2] % LANES == 0 and dims[-1] >= LANES // 2
-            end = at + math.prod(dims)
-            if squares and end < count:  # the last one's squares would reach over the end of the values
-                into += _transposing(dims, strides, parameter.offset, at, out=False)
-            else:
-                into.append(f"{loops} blob[{place}] = values[{there}];")
-            if squares:
-                out += _transposing(dims, strides, parameter.offset, at, out=True)
-            else:
-                out.append(f"{loops} update[{there}] = w[{place}] - start[{place}];")
-            at = end
-    begin = function("import_start(real *restrict blob, const real *restrict values)", into, cold=True)
-    public = begin.replace("KERNEL", '__attribute__((visibility("default")))', 1)
-    head = "export_update(const real *restrict w, const real *restrict start, real *restrict update)"
-    return public + function(head, out)
-
-
-def _nested(dims: Sequence[int], strides: Sequence[int], offset: int, at: int) -> tuple[str, str, str]:
-    """Loops over a tensor's values, the place of each in the blob and in torch's order."""
-    inner = [math.prod(dims[k + 1 :]) for k in range(len(dims))]
-    loops = " ".join(f"for (long i{k} = 0; i{k} < {count}; i{k}++)" for k, count in enumerate(dims))
-    place = " + ".join([str(offset), *(f"i{k} * {stride}" for k, stride in enumerate(strides))])
-    return loops, place, " + ".join([str(at), *(f"i{k} * {size}" for k, size in enumerate(inner))])
-
-
-def _transposing(dims: Sequence[int], strides: Sequence[int], offset: int, at: int, *, out: bool) -> Iterator[str]:
-    """The way of a tensor whose last dimension is strided in the blob and whose last but one is not, by squares of 16 in registers:
-    as an update, or of values into the blob.
-
-    A square of an update that reaches over the end of a row is stored before the rows that follow, which mend what it spoiled.
-    """
-    (columns, count), step = dims[-2:], strides[-1]
-    loops, place, there = _nested([*dims[:-2], columns // LANES], [*strides[:-2], LANES], offset, 0)
-    there = f"({there}) * {count * LANES} + {at}"
-    if out:
-        yield f"{loops} {{ const real *a = w + {place}, *b = start + {place}; real *to = update + {there};"
-    else:
-        yield f"{loops} {{ const real *from = values + {there}; real *to = blob + {place};"
-    for first in reversed(range(0, count, LANES)):
-        rows = [(first + i) * step for i in range(min(LANES, count - first))]
-        yield "{"
-        if out:
-            yield from (f"V16 t{i} = load16(a + {row}) - load16(b + {row});" for i, row in enumerate(rows))
-            yield from (f"V16 t{i} = (V16){{0}};" for i in range(len(rows), LANES))
-        else:
-            yield from (f"V16 t{i} = load16(from + {i * count + first});" for i in range(LANES))
-        yield from _exchanged()
-        if out:
-            yield from (f"store16(to + {i * count + first}, t{i});" for i in range(LANES))
-        else:
-            yield from (f"store16(to + {row}, t{i});" for i, row in enumerate(rows))
-        yield "}"
-    yield "}"
-
-
-def _exchanged() -> Iterator[str]:
-    """The square of vectors t0 to t15 transposed, in registers."""
-    for half in (8, 4, 2, 1):
-        low = [LANES + lane - half if lane & half else lane for lane in range(LANES)]
-        high = [LANES + lane if lane & half else lane + half for lane in range(LANES)]
-        for i in (i for i in range(LANES) if not i & half):
-            pair = f"t{i}, t{i + half}"
-            yield f"{{ V16 l = __builtin_shufflevector({pair}, {', '.join(map(str, low))});"
-            yield f"t{i + half} = __builtin_shufflevector({pair}, {', '.join(map(str, high))}); t{i} = l; }}"
-
-
-def _joined(dims: tuple[int, ...], strides: tuple[int, ...]) -> tuple[list[int], list[int]]:
-    """The same places with fewer loops: dimensions that follow each other without a gap become one."""
-    joined: list[tuple[int, int]] = []
-    for count, stride in zip(dims, strides, strict=True):
-        if count == 1:
-            continue
-        if joined and joined[-1][1] == count * stride:
-            joined[-1] = (joined[-1][0] * count, stride)
-        else:
-            joined.append((count, stride))
-    joined = joined or [(1, 0)]
-    return [count for count, _ in joined], [stride for _, stride in joined]

@@ -125,6 +125,7 @@ __attribute__((visibility("hidden"), no_builtin)) void *memcpy(void *restrict to
 __attribute__((visibility("hidden"), no_builtin)) void *memset(void *to, int value, size_t n) {
     char *t = to;
     B16 v = (B16){0} + (uint8_t)value;
+    for (; n >= 64; n -= 64, t += 64) *(A16 *)t = v, *(A16 *)(t + 16) = v, *(A16 *)(t + 32) = v, *(A16 *)(t + 48) = v;
     for (; n >= 16; n -= 16, t += 16) *(A16 *)t = v;
     while (n--) *t++ = (char)value;
     return to;
@@ -236,7 +237,21 @@ typedef struct {
     real *update;         /* trainable parameters: local minus start, in torch's order */
     double rate, momentum, decay, proximal;
     double loss;          /* out: the sum of the examples' losses */
-    const real *noise;    /* DP-SGD: where a step's gradient begins, in torch's order */
+    const real *noise;    /* DP-SGD: added to the sum of a step's gradients, in torch's order; null: drawn from seed */
     double bound;         /* DP-SGD: the clipping norm */
     int64_t step;         /* DP-SGD: steps made so far */
+    uint64_t *seed;       /* simulated DP-SGD: state of the generator of noise, */
+    double deviation;     /* its standard deviation, */
+    real *fresh;          /* and room for what is drawn in advance */
 } Job;
+
+/* The noise of a step, taken piece by piece in torch's order of parameters. */
+typedef struct {
+    const real *given;
+    uint64_t *seed;
+    double deviation;
+    real *fresh;
+    long at, end; /* in fresh: what is drawn and not taken */
+} Noise;
+
+KERNEL const real *drawn(Noise *noise, long count);

@@ -12,7 +12,7 @@ from fedcore.native.blocks import LANES, Blocks, Linear
 from fedcore.native.memory import Memory
 from fedcore.native.tiles import function
 
-__all__ = ["linear_kernels", "private_entries", "private_part"]
+__all__ = ["GIVEN", "linear_kernels", "private_entries", "private_part"]
 
 
 def linear_kernels(i: int, block: Linear) -> Iterator[str]:
@@ -41,75 +41,119 @@ def linear_kernels(i: int, block: Linear) -> Iterator[str]:
 
 
 def private_part(
-    memory: Memory, forward: Sequence[str], linear: Sequence[str], plane: Sequence[str], scaled: Sequence[str],
-    small: Sequence[tuple[int, int]],
+    memory: Memory, forward: Sequence[str], linear: Sequence[str], plane: Sequence[str], sums: Sequence[str],
+    small: Sequence[tuple[int, int]], overwritten: Sequence[tuple[int, int]],
 ) -> str:  # fmt: skip
-    """``private_part(job, order, rows, now)``: the clipped gradients of some rows, added to the sum ``total``.
+    """``private_part(job, order, rows, now, noise, rule, first, last)``: the clipped gradients of some rows of a batch.
 
     The statements given are those of the forward pass with the loss, of the backward pass of linear layers with their norms, of
-    an example's backward pass elsewhere (its gradient begins at zero in g), and of the clipped sums of linear layers. ``small``:
-    ranges of the blob that g holds.
+    an example's backward pass elsewhere (its gradient begins at zero in g), and of the clipped sums of linear layers and the
+    noise, of which the ``first`` part of a batch takes all; the ``last`` makes the step of linear layers' weights. ``small``:
+    ranges of the blob to which an example's gradient is added in g, and ``overwritten`` those that it overwrites; ``total`` is
+    the sum over examples.
     """
     places = memory.places
-    norms = [
-        f"for (long i = {at}; i < {at + size}; i += {LANES}) squares = squares + load16(g + i) * load16(g + i);"
-        for at, size in small
-    ]
-    sums = [
-        f"for (long i = {at}; i < {at + size}; i += {LANES}) store16(total + i, load16(total + i) + load16(g + i) * (real)factor);"
-        for at, size in small
-    ]
+    clear = [f"clear(g + {at}, {size});" for at, size in small]
+    norms = [f"squared_norm(g + {at}, {size}, squares);" for at, size in [*small, *overwritten]]
+    adding = [f"moved(total + {at}, g + {at}, (real)factor, {size});" for at, size in small]
+    adding += [f"plus(total + {at}, g + {at}, (real)factor, {size});" for at, size in overwritten]
     lines = [
-        "real *const work = job->work, *const w = work, *const velocity = work;",
-        "uint8_t *const bytes = job->bytes;", "const real *const start = job->start;",
+        "real *const work = job->work;", "uint8_t *const bytes = job->bytes;", "const real *const start = job->start;",
+        f"real *const w = work + {places['w']}, *const velocity = work + {places['velocity']};",
         f"real *const g = work + {places['example']}, *const total = work + {places['g']};",
         f"double *const sums = (double *)(work + {places['sums']}), *const factors = sums + {memory.rows};",
-        "const real share = 1; real unchecked = 0, *const check = &unchecked; const Rule *const rule = 0;",
+        "const real share = 1;",
         "(void)w; (void)velocity; (void)total;",
         "for (long s = 0; s < rows; s++) sums[s] = 0;",
-        *forward, *linear,
+        *forward, *linear, *clear,
         "for (long s = 0; s < rows; s++) {",
-        *(f"clear(g + {at}, {size});" for at, size in small),
         *plane,
-        "V16 squares = (V16){0};", *norms,
-        "const double norm = __builtin_sqrt(sums[s] + (double)sum16(squares));",
-        "if (!(norm <= 1e300)) { factors[s] = -1; continue; }",
+        "V16 squares[4] = {(V16){0}, (V16){0}, (V16){0}, (V16){0}};", *norms,
+        "const double norm = __builtin_sqrt(sums[s] + (double)sum16((squares[0] + squares[1]) + (squares[2] + squares[3])));",
+        "if (!(norm <= 1e300)) {", "factors[s] = -1;", *clear, "continue;", "}",
         "const double factor = (norm > job->bound ? job->bound / norm : 1) / (double)job->batch;",
-        "factors[s] = factor;", *sums,
+        "factors[s] = factor;", *adding,
         "}",
-        *scaled,
+        *sums,
     ]  # fmt: skip
-    return "\n".join(["KERNEL void private_part(Job *job, const int64_t *order, long rows, const real *now) {", *lines, "}", ""])
+    arguments = "Job *job, const int64_t *order, long rows, const real *now, Noise *noise, const Rule *rule, int first, int last"
+    return "\n".join([SMALL, f"KERNEL void private_part({arguments}) {{", *lines, "}", ""])
+
+
+# Four sums side by side: a step waits for none of the others.
+SMALL = """
+INLINE void squared_norm(const real *g, long n, V16 *squares) {
+    V16 a = squares[0], b = squares[1], c = squares[2], d = squares[3];
+    long i = 0;
+    for (; i + 64 <= n; i += 64) {
+        a = a + load16(g + i) * load16(g + i);
+        b = b + load16(g + i + 16) * load16(g + i + 16);
+        c = c + load16(g + i + 32) * load16(g + i + 32);
+        d = d + load16(g + i + 48) * load16(g + i + 48);
+    }
+    for (; i < n; i += 16) a = a + load16(g + i) * load16(g + i);
+    squares[0] = a, squares[1] = b, squares[2] = c, squares[3] = d;
+}
+
+INLINE void plus(real *restrict total, const real *restrict g, real factor, long n) {
+    for (long i = 0; i < n; i += 16) store16(total + i, load16(total + i) + load16(g + i) * factor);
+}
+
+/* Adds a multiple of g to the total and leaves zeros. */
+INLINE void moved(real *restrict total, real *restrict g, real factor, long n) {
+    for (long i = 0; i < n; i += 16) {
+        store16(total + i, load16(total + i) + load16(g + i) * factor);
+        store16(g + i, (V16){0});
+    }
+}
+"""
+
+GIVEN = """
+KERNEL const real *drawn(Noise *noise, long count) {
+    const real *const found = noise->given;
+    noise->given += count;
+    return found;
+}
+"""
 
 
 def private_entries(blocks: Blocks, memory: Memory) -> str:
-    """``private_begin``, ``private_step`` for every Poisson batch (order, examples: its rows; batch: the divisor; noise: where the
-    gradient's sum begins) and ``private_end``."""
+    """``private_begin``, ``private_step`` for every Poisson batch (order, examples: its rows; batch: the divisor; noise: that of
+    the step) and ``private_end``."""
     places, rows = memory.places, memory.rows
     return f"""
+#ifndef PLAIN
 __attribute__((visibility("default"))) void private_begin(Job *job) {{
-    if (job->momentum != 0 || job->decay != 0 || job->proximal != 0) clear(job->work + {places["velocity"]}, {blocks.blob});
     job->loss = 0;
     job->step = 0;
 }}
 
-__attribute__((visibility("default"))) int private_step(Job *job) {{
-    real *const work = job->work, *const w = work + {places["w"]}, *const g = work + {places["g"]};
+KERNEL int private_batch(Job *job, int end) {{
+    real *const work = job->work, *const w = work + {places["w"]};
     const real *const now = job->step ? w : job->start;
-    Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0}};
+    Rule rule = {{(real)job->rate, (real)job->momentum, (real)job->decay, (real)job->proximal, 0, !job->step, end}};
     rule.plain = job->momentum == 0 && job->decay == 0 && job->proximal == 0;
+    Noise noise = {{job->noise, job->seed, job->deviation, job->fresh, 0, 0}};
     for (long i = 0; i < job->examples; i++)
         if (job->y[job->order[i]] < 0 || job->y[job->order[i]] >= {blocks.network.classes}) return 1;
-    begin_batch(work, now, job->start);
-    import_start(g, job->noise);
-    for (long at = 0; at < job->examples; at += {rows})
-        private_part(job, job->order + at, job->examples - at < {rows} ? job->examples - at : {rows}, now);
-    all_steps(w, now, job->start, work + {places["velocity"]}, g, &rule);
+    if (rule.begin) begin_batch(work, now, job->start);
+    else next_batch(work, now, job->start);
+    long at = 0;
+    do {{
+        const long left = job->examples - at, some = left < {rows} ? left : {rows};
+        private_part(job, job->order + at, some, now, &noise, &rule, at == 0, some == left);
+        at += {rows};
+    }} while (at < job->examples);
+    small_steps(w, now, job->start, work + {places["velocity"]}, work + {places["g"]}, &rule);
     job->step++;
     return 0;
 }}
 
-__attribute__((visibility("default"))) void private_end(Job *job) {{
-    export_update(job->step ? job->work + {places["w"]} : job->start, job->start, job->update);
-}}
+__attribute__((visibility("default"))) int private_step(Job *job) {{ return private_batch(job, 0); }}
+
+/* The blob that the steps so far leave. */
+KERNEL const real *private_blob(const Job *job) {{ return job->step ? job->work + {places["w"]} : job->start; }}
+
+__attribute__((visibility("default"))) void private_end(Job *job) {{ export_update(private_blob(job), job->start, job->update); }}
+#endif
 """

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import ctypes
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.tiles import Target
 from fedcore.quantization.layers import quantizers
 from fedcore.quantization.wire import ActivationRange
-from fedcore.training.dpsgd import GaussianNoise, noise_of
+from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise, noise_of
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import (
     ClientData,
@@ -39,6 +40,7 @@ from fedcore.training.plan import (
 __all__ = ["Job", "NativeTrainer", "Program", "Worker", "prepare"]
 
 _ALIGNMENT = 4096
+_DRAWN_AHEAD = 2 * SimulatedNoise.BLOCK + LANES  # room for noise behind that of all parameters
 
 
 class Job(ctypes.Structure):
@@ -52,6 +54,9 @@ class Job(ctypes.Structure):
         ("noise", ctypes.c_void_p),
         ("bound", ctypes.c_double),
         ("step", ctypes.c_int64),
+        ("seed", ctypes.c_void_p),
+        ("deviation", ctypes.c_double),
+        ("fresh", ctypes.c_void_p),
     )
 
 
@@ -62,55 +67,74 @@ class Program:
     blocks: Blocks
     memory: Memory
     library: Path
+    private: bool
+    loss: str = "cross_entropy"
 
     @classmethod
-    def of(cls, model: nn.Module, input_shape: tuple[int, ...], target: Target | None = None) -> Program:
-        """Generate and compile, or take from the cache; in double precision where the model's parameters are.
+    def of(
+        cls, model: nn.Module, input_shape: tuple[int, ...], target: Target | None = None, *, private: bool = True,
+        loss: str = "cross_entropy",
+    ) -> Program:  # fmt: skip
+        """Generate and compile for a loss, or take from the cache; in double precision where the model's parameters are, and with
+        DP-SGD if ``private``, which is a fifth of the library.
 
         Raises:
             Unsupported: a layer that the generator does not know.
             BuildFailed: no compiler that works.
         """
         blocks = plan(lower(model, input_shape), model)
-        return _program(blocks, target or host_target(), _dtype(model) is torch.float64)
+        return _program(blocks, target or host_target(), _dtype(model) is torch.float64, private, loss)
 
 
 @functools.lru_cache(maxsize=64)
-def _program(blocks: Blocks, target: Target, double: bool) -> Program:
+def _program(blocks: Blocks, target: Target, double: bool, private: bool, loss: str) -> Program:
     """Remembered, so that workers forked after `prepare` find theirs at once."""
     memory = plan_memory(blocks)
-    return Program(blocks, memory, build(engine_source(blocks, memory, target), target, double=double))
+    library = build(engine_source(blocks, memory, target, loss), target, double=double, private=private)
+    return Program(blocks, memory, library, private, loss)
 
 
 class NativeTrainer:
     """Trains clients one at a time; results equal the loop's but for the order of additions.
 
     The program is compiled when the first client shows the shape of its examples; that is instant where `prepare` was called.
+    With ``compared``, one that was not compared with the loop is, by `prepare`.
     """
 
     chunk = 1
 
-    def __init__(self, model: nn.Module, target: Target | None = None) -> None:
-        self.model, self.target = model.train(), target
-        self._workers: dict[tuple[int, ...], Worker] = {}
+    def __init__(self, model: nn.Module, target: Target | None = None, *, compared: bool = False) -> None:
+        self.model, self.target, self.compared = model.train(), target, compared
+        self._workers: dict[tuple[tuple[int, ...], bool, str], Worker] = {}
 
     def train(self, start: Tensor, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[LocalResult]:
         """See `plan.LocalTrainer`."""
         for client in clients:
-            yield self.worker(tuple(client.x.shape[1:])).train(start, client, plan)
+            yield self.worker_for(tuple(client.x.shape[1:]), plan).train(start, client, plan)
 
-    def worker(self, shape: tuple[int, ...]) -> Worker:
+    def worker_for(self, shape: tuple[int, ...], plan: LocalPlan) -> Worker:
+        """The program for examples of ``shape`` and what ``plan`` asks for."""
+        return self.worker(shape, private=plan.dp is not None, loss=plan.loss)
+
+    def worker(self, shape: tuple[int, ...], *, private: bool = True, loss: str = "cross_entropy") -> Worker:
         """The program for examples of ``shape``."""
-        if shape not in self._workers:
-            self._workers[shape] = Worker(Program.of(self.model, shape, self.target), self.model)
-        return self._workers[shape]
+        if (shape, private, loss) not in self._workers:
+            if self.compared:
+                prepare(self.model, shape, private=private, loss=loss)
+            program = Program.of(self.model, shape, self.target, private=private, loss=loss)
+            self._workers[shape, private, loss] = Worker(program, self.model)
+        return self._workers[shape, private, loss]
+
+    def blob(self, shape: tuple[int, ...]) -> int:
+        """How many numbers the parameters are as the program for examples of ``shape`` lays them out."""
+        return plan(lower(self.model, shape), self.model).blob
 
 
 class Worker:
     """A loaded program with its workspace, which it begins and leaves with zeros where the program expects them."""
 
     def __init__(self, program: Program, model: nn.Module) -> None:
-        self.blocks, self.model = program.blocks, model
+        self.blocks, self.model, self.loss = program.blocks, model, program.loss
         self.dtype = torch.float64 if _dtype(model) is torch.float64 else torch.float32
         self.numbers = np.float64 if self.dtype is torch.float64 else np.float32
         self._size = self.blocks.trainable
@@ -118,33 +142,39 @@ class Worker:
         self._quantizers = [known[name] for name in self.blocks.quantizers]
         self._frozen: list[ActivationRange | None] | None = None
         self._table = torch.zeros(0)
-        self.library = library = ctypes.CDLL(str(program.library))
-        library.private_begin.restype = library.private_end.restype = None
+        try:
+            self.library = library = ctypes.CDLL(str(program.library))
+        except OSError as error:
+            raise BuildFailed(f"the compiled trainer cannot be loaded: {error}") from error
         self._train, self._import = library.train, library.import_start
         self._train.argtypes, self._train.restype = [ctypes.POINTER(Job)], ctypes.c_int
         self._import.argtypes, self._import.restype = [ctypes.c_void_p, ctypes.c_void_p], None
-        self._gaussian = library.gaussian
-        self._gaussian.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
-        self._gaussian.restype = None
+        if program.private:
+            library.private_begin.restype = library.private_end.restype = library.gaussian.restype = None
+            library.gaussian.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_void_p]
+        self._drawn = torch.zeros(self._size + _DRAWN_AHEAD, dtype=self.dtype)
         self._work = _aligned(program.memory.numbers, self.dtype)
         self._bytes = _aligned(program.memory.bytes, torch.uint8)
         self._blob = _aligned(self.blocks.blob + LANES, self.dtype)
-        self._update = torch.empty(self._size + LANES, dtype=self.dtype)
         self._start: tuple[Tensor, int] | None = None
         self._job = Job(work=self._work.data_ptr(), bytes=self._bytes.data_ptr(), start=self._blob.data_ptr())
 
     def job(self, start: Tensor, plan: LocalPlan) -> Job:
-        """A job of this worker without examples, whose update goes to the worker's own memory."""
+        """A job of this worker without examples, and without a place for its update.
+
+        Raises:
+            Refused: the plan has another loss than the program.
+        """
         self._begin_from(start)
         self._set_rates(plan)
-        self._job.update, self._job.ranges = self._update.data_ptr(), self._ranges().data_ptr()
+        self._job.ranges = self._ranges().data_ptr()
         return self._job
 
     def train(self, start: Tensor, data: ClientData, plan: LocalPlan) -> LocalResult:
         """One client's round.
 
         Raises:
-            Refused: labels that are no classes.
+            Refused: labels that are no classes, or the plan has another loss than the program.
         """
         self._begin_from(start)
         if plan.dp is not None:
@@ -163,25 +193,33 @@ class Worker:
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
 
     def _private(self, data: ClientData, plan: LocalPlan, dp: DpSgdPlan) -> LocalResult:
-        """A round of DP-SGD, step by step: the noise of each is drawn here, as the loop draws it."""
+        """A round of DP-SGD, step by step: a cipher's noise is drawn here, as the loop draws it."""
         noise, job = noise_of(data), self._job
         x, y = data.x.to(self.dtype).contiguous(), data.y.to(torch.int64).contiguous()
         update, ranges = torch.empty(self._size + LANES, dtype=self.dtype)[: self._size], self._ranges()
-        drawn = torch.empty(self._size, dtype=self.dtype)
-        job.x, job.y, job.update, job.noise = x.data_ptr(), y.data_ptr(), update.data_ptr(), drawn.data_ptr()
-        job.ranges, job.bound = ranges.data_ptr(), dp.clipping_norm
+        job.x, job.y, job.update, job.ranges = x.data_ptr(), y.data_ptr(), update.data_ptr(), ranges.data_ptr()
         self._set_rates(plan)
+        self.set_privacy(plan, dp)
+        if isinstance(noise, SimulatedNoise):
+            job.seed, job.noise = noise.state.ctypes.data, None
         self.library.private_begin(ctypes.byref(job))
         trained = 0
         for rows in poisson_batches(len(y), plan, data.rng):
             order = torch.from_numpy(rows.astype(np.int64, copy=False))
-            self._fill(drawn, noise, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
+            if isinstance(noise, GaussianNoise):
+                self._fill(self._drawn[: self._size], noise, job.deviation)
+                job.noise = self._drawn.data_ptr()
             job.order, job.examples = order.data_ptr(), len(rows)
             if self.library.private_step(ctypes.byref(job)):
                 raise Refused(self.no_class(data.client))
             trained += len(rows)
         self.library.private_end(ctypes.byref(job))
         return LocalResult(data.client, update, len(y), job.loss / trained if trained else math.nan)
+
+    def set_privacy(self, plan: LocalPlan, dp: DpSgdPlan) -> None:
+        """Tell the job the clipping norm and the deviation of a step's noise; without ``noise`` it is drawn from ``seed``."""
+        self._job.bound, self._job.deviation = dp.clipping_norm, dp.noise_multiplier * dp.clipping_norm / plan.batch_size
+        self._job.noise, self._job.fresh = None, self._drawn.data_ptr()
 
     def _fill(self, out: Tensor, noise: GaussianNoise, deviation: float) -> None:
         """As ``noise.fill``, but for the last bits; double precision is left to it."""
@@ -191,9 +229,11 @@ class Worker:
         for first in range(0, len(out), noise.PIECE):
             count = min(noise.PIECE, len(out) - first)
             bits = noise.bits(count)
-            self._gaussian(bits.ctypes.data, count, deviation, out.data_ptr() + 4 * first)
+            self.library.gaussian(bits.ctypes.data, count, deviation, out.data_ptr() + 4 * first)
 
     def _set_rates(self, plan: LocalPlan) -> None:
+        if plan.loss != self.loss:
+            raise Refused(f"the plan asks for the loss {plan.loss}; this trainer is compiled for {self.loss}")
         job = self._job
         job.batch, job.rate, job.momentum = plan.batch_size, plan.lr, plan.momentum
         job.decay, job.proximal = plan.weight_decay, plan.proximal_mu
@@ -244,44 +284,47 @@ def _aligned(count: int, dtype: torch.dtype) -> Tensor:
     return raw[begin : begin + count * dtype.itemsize].view(dtype)
 
 
-def prepare(model: nn.Module, input_shape: tuple[int, ...]) -> str:
-    """Compile the trainer of ``model`` and, once per build, compare it with the loop; returns the name of the processor's kind.
+def prepare(
+    model: nn.Module, input_shape: tuple[int, ...], *, private: bool = False, loss: str = "cross_entropy"
+) -> str:  # fmt: skip
+    """Compile the trainer of ``model`` for a loss and, once per build, compare it with the loop; returns the processor's kind.
 
     Raises:
         Unsupported: a layer that the generator does not know.
         BuildFailed: no compiler that works, or a library that does not load or whose results differ from the loop's.
     """
     target = host_target()
-    program = Program.of(model, input_shape, target)
+    program = Program.of(model, input_shape, target, private=private, loss=loss)
     marker = program.library.with_suffix(".verified")
     if not marker.exists():
-        try:
-            difference = _difference(model, input_shape, program.blocks.network.classes)
-        except OSError as error:
-            raise BuildFailed(f"the compiled trainer cannot be loaded: {error}") from error
+        difference = _difference(model, input_shape, program)
         if not difference <= (0.05 if program.blocks.rounded else 1e-3):
             raise BuildFailed(f"the compiled trainer differs from the loop by {difference:.2g} of an update's norm; it is not used")
-        marker.touch()
+        with contextlib.suppress(OSError):  # then it is compared again the next time
+            marker.touch()
     return target.name
 
 
-def _difference(model: nn.Module, input_shape: tuple[int, ...], classes: int) -> float:
-    """Relative L2 distance between the updates of both engines on random examples, the largest of three plans'."""
+def _difference(model: nn.Module, input_shape: tuple[int, ...], program: Program) -> float:
+    """Relative L2 distance between the updates of both engines on random examples, the largest of some plans'."""
     rng = np.random.default_rng(0)
     x = torch.from_numpy(rng.standard_normal((7, *input_shape), np.float32)).to(_dtype(model))
-    y = torch.from_numpy(rng.integers(0, classes, 7))
+    y = torch.from_numpy(rng.integers(0, program.blocks.network.classes, 7))
     found = []
-    private = LocalPlan(1, 4, 0.05, dp=DpSgdPlan(clipping_norm=0.5, noise_multiplier=0.1))
-    for local in (LocalPlan(1, 4, 0.05), LocalPlan(1, 4, 0.05, momentum=0.5, weight_decay=0.01, proximal_mu=0.1), private):
+    if program.private:
+        private = LocalPlan(1, 4, 0.05, dp=DpSgdPlan(clipping_norm=0.5, noise_multiplier=0.1), loss=program.loss)
+        plans = ((private, False), (private, True))
+    else:
+        plain = LocalPlan(1, 4, 0.05, loss=program.loss)
+        plans = ((plain, False), (replace(plain, momentum=0.5, weight_decay=0.01, proximal_mu=0.1), False))
+    for local, simulated in plans:
         updates = []
         for trainer in (LoopTrainer, NativeTrainer):
             own = copy.deepcopy(model)
             start = torch.cat([p.detach().reshape(-1) for p in own.parameters() if p.requires_grad])
             engine: LocalTrainer = trainer(own)
-            updates += [
-                result.update
-                for result in engine.train(start, [ClientData(0, x, y, client_rng(0, 0, 0, 0), client_rng(0, 0, 0, 1))], local)
-            ]
+            data = ClientData(0, x, y, client_rng(0, 0, 0, 0), client_rng(0, 0, 0, 1), simulated)
+            updates += [result.update for result in engine.train(start, [data], local)]
         distance = torch.linalg.vector_norm(updates[1] - updates[0]) / torch.linalg.vector_norm(updates[0]).clamp(min=1e-12)
         found.append(float(distance))
     return max(found) if all(map(math.isfinite, found)) else math.inf

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from fedcore.native.blocks import Block, Conv, Depthwise, lanes_of
+from fedcore.native.blocks import LANES, Block, Conv, Depthwise, lanes_of
 from fedcore.native.tiles import Target, balanced, chunks, counted, function, keep, live
 
 __all__ = [
     "Vector", "by_position", "conv_weight_gradient", "depthwise_weight_gradient", "filter_size", "filter_vectors",
-    "masked_gradient", "member_offsets", "window_steps",
+    "masked_gradient", "member_offsets", "overwrites", "weights_size",
+    "window_steps",
 ]  # fmt: skip
 
 
@@ -71,13 +72,28 @@ def _positions(block: Conv, lanes: int) -> Iterator[str]:
 
 
 def conv_weight_gradient(name: str, block: Conv, target: Target) -> str:
-    """``name(x, gm, at, mark, g)``: added to g, in the weight's layout."""
+    """``name(x, gm, at, mark, g, fresh)``: added to g, in the weight's layout; a ``fresh`` g is overwritten, where the block
+    `overwrites`.
+    """
     if block.by_tap:
         return _by_tap(name, block, target)
     return _by_row(name, block, target) if block.members > 1 else _by_tile(name, block, target)
 
 
-_WEIGHT = "const real *restrict x, const real *restrict gm, const word *restrict at, const uint8_t *restrict mark, real *restrict g"
+def overwrites(block: Block) -> bool:
+    """Whether the weight gradient can be told to overwrite what is there, in whole vectors of 16."""
+    return isinstance(block, Conv) and by_position(block) and weights_size(block) % LANES == 0
+
+
+def weights_size(block: Conv) -> int:
+    """Values of all filters that lie by row, with their padding."""
+    return block.target.channels * filter_size(block)
+
+
+_WEIGHT = (
+    "const real *restrict x, const real *restrict gm, const word *restrict at, const uint8_t *restrict mark, real *restrict g, "
+    "int fresh"
+)
 
 
 def filter_vectors(block: Conv) -> list[Vector]:
@@ -108,7 +124,7 @@ def _by_row(name: str, block: Conv, target: Target) -> str:
                 kernels.append(_row_kernel(head, lanes, chunk, size, count, depth, filter_size(block)))
             shift = f"(o * {size} + {at})"
             body.append(f"for (long o = 0; o < {repeat}; o++)")
-            body.append(f"    {head}(x, gm + {shift}, at + {shift}, mark, g + {shift} * {filter_size(block)});")
+            body.append(f"    {head}(x, gm + {shift}, at + {shift}, mark, g + {shift} * {filter_size(block)}, fresh);")
             at += size * repeat
     return "\n".join([*kernels, function(f"{name}({_WEIGHT})", body)])
 
@@ -117,19 +133,25 @@ def _row_kernel(
     head: str, lanes: int, vectors: Sequence[Vector], group: int, count: int, depth: int, size: int
 ) -> str:  # fmt: skip
     each = [(i, n, *vector) for i in range(group) for n, vector in enumerate(vectors)]
-    body = [f"V{lanes} a{i}_{n} = load{lanes}(g + {i * size + there});" for i, n, there, _, _ in each]
+    body = [f"V{lanes} a{i}_{n} = (V{lanes}){{0}};" for i, n, _, _, _ in each]
+    body += ["if (!fresh) {", *(f"a{i}_{n} = load{lanes}(g + {i * size + there});" for i, n, there, _, _ in each), "}"]
     body.append(f"for (long p = 0; p < {count * depth}; p += {depth}) {{")
     body += [f"    const real *x{i} = x + at[p + {i}]; const real s{i} = gm[p + {i}];" for i in range(group)]
     body += [f"    a{i}_{n} = a{i}_{n} + load{lanes}(x{i} + {here}) * s{i};" for i, n, _, here, _ in each]
     body.append("}")
-    body += [_kept(lanes, f"a{i}_{n}", f"g + {i * size + there}", valid) for i, n, there, _, valid in each]
+    body += [f"a{i}_{n} = {_valid(lanes, f'a{i}_{n}', valid)};" for i, n, _, _, valid in each if valid < lanes]
+    body += [f"store{lanes}(g + {i * size + there}, a{i}_{n});" for i, n, there, _, _ in each]
     return function(f"{head}({_WEIGHT})", body)
+
+
+def _valid(lanes: int, value: str, valid: int) -> str:
+    return f"pick{lanes}({keep(valid, lanes)}, {value}, (V{lanes}){{0}})"
 
 
 def _kept(lanes: int, value: str, to: str, valid: int) -> str:
     """Store a sum whose last lanes may hold what is no weight."""
     if valid < lanes:
-        value = f"pick{lanes}({keep(valid, lanes)}, {value}, (V{lanes}){{0}})"
+        value = _valid(lanes, value, valid)
     return f"store{lanes}({to}, {value});"
 
 
@@ -151,7 +173,7 @@ def _by_tile(name: str, block: Conv, target: Target) -> str:
                 last = shift + columns * lanes == block.run and block.span < block.run
                 body.append(f"for (long o = 0; o < {repeat}; o++)")
                 first = f"o * {size} + {at}"
-                body.append(f"    {head}(x + {shift}, gm + {first}, at, mark, g + ({first}) * {size_of} + {shift});")
+                body.append(f"    {head}(x + {shift}, gm + {first}, at, mark, g + ({first}) * {size_of} + {shift}, fresh);")
                 if last:
                     valid = block.span - (block.run - lanes)
                     body.append(f"for (long o = {at}; o < {at + size * repeat}; o++) {{")
@@ -188,7 +210,7 @@ def _by_tap(name: str, block: Conv, target: Target) -> str:
     for number, size in enumerate(balanced(len(taps), min(target.accumulators, 26))):
         chunk = taps[first : first + size]
         kernels.append(_tap_kernel(f"{name}_{number}", block, lanes, first, chunk))
-        body.append(f"for (long v = 0; v < {depth}; v += {lanes}) {name}_{number}(x, gm + v, at, mark + v, g + v);")
+        body.append(f"for (long v = 0; v < {depth}; v += {lanes}) {name}_{number}(x, gm + v, at, mark + v, g + v, fresh);")
         first += size
     return "\n".join([*kernels, function(f"{name}({_WEIGHT})", body)])
 

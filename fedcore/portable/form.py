@@ -7,7 +7,8 @@ A step is an ONNX file that computes, for the first rows of a batch that ``mask`
 ``y`` is one-hot, ``mask`` is 1 or 0. In a step that clips, every row's gradient is scaled to an L2 norm of at most ``clip`` over
 all parameters together before the sum (Abadi et al. 2016, arXiv:1607.00133); in one that does not, ``clip`` changes nothing.
 ``frozen`` and ``ranges`` are inputs only where the model has frozen parameters or rounds activations, so that a step is a
-function of the architecture alone: it can be signed before a run starts, and stays the same whatever is learnt or calibrated.
+function of the architecture and the loss alone: it can be signed before a run starts, and stays the same whatever is learnt or
+calibrated. Which loss it is, cross-entropy or the squared error, is what the graph computes; the form does not name it.
 
 An evaluation graph is held to the same rules, takes the same inputs but for ``clip``, and gives three numbers about those rows: how
 many there are, how many of them the model labels as y does (of equal logits the first counts), and the sum of their losses:

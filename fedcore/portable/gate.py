@@ -21,12 +21,12 @@ import numpy.typing as npt
 import onnxruntime
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedcore.errors import Refused
 from fedcore.portable.form import EvaluationForm, GraphForm, StepForm, range_values
 from fedcore.portable.graph import evaluation_graph, kinked_layers, step_graph
 from fedcore.quantization.layers import FakeQuantize, QuantLayer, activation_ranges, float_arithmetic
+from fedcore.training.loss import loss_of
 
 __all__ = ["DOUBLE", "ROUNDED_SINGLE", "SINGLE", "check_evaluation", "check_parity"]
 
@@ -49,27 +49,27 @@ class _Trial:
     losses: Array
 
 
-def check_parity(model: nn.Module, data: bytes, form: StepForm) -> None:
-    """Compare the step ``data`` of ``model``, and its twin in double precision, with autograd on random examples.
+def check_parity(model: nn.Module, data: bytes, form: StepForm, loss: str = "cross_entropy") -> None:
+    """Compare the step ``data`` of ``model`` for a loss, and its twin in double precision, with autograd on random examples.
 
     Raises:
         Refused: the step misses the gate; the line names the model and the layer nearest to the loss that differs.
     """
     model = copy.deepcopy(model).cpu().double()
     rounds = any(isinstance(layer, QuantLayer | FakeQuantize) for layer in model.modules())
-    export = functools.partial(step_graph, model, form.input_shape, batch=form.batch, clips=form.clips)
+    export = functools.partial(step_graph, model, form.input_shape, batch=form.batch, clips=form.clips, loss=loss)
     for rounding in (True, False) if rounds else (False,):
         with contextlib.nullcontext() if rounding else float_arithmetic(model):
             ramp = _RAMP if rounding else 0.0
-            first = _trial(model, form, ramp, 0)
+            first = _trial(model, form, loss, ramp, 0)
             double = export(dtype=np.float64, ramp=ramp)
             _judge(model, _Step(model, *double, np.float64), first, DOUBLE)
             single = (data, form) if rounding or not rounds else export()
             judge = functools.partial(_judge_rounded if rounding else _judge, model, _Step(model, *single, np.float32))
-            _judge_single(judge, first, lambda seed: _trial(model, form, 0.0, seed))
+            _judge_single(judge, first, lambda seed: _trial(model, form, loss, 0.0, seed))
 
 
-def check_evaluation(model: nn.Module, data: bytes, form: EvaluationForm) -> None:
+def check_evaluation(model: nn.Module, data: bytes, form: EvaluationForm, loss: str = "cross_entropy") -> None:
     """Compare the evaluation graph ``data`` of ``model``, and its twin in double precision, with torch on random examples.
 
     Raises:
@@ -77,15 +77,15 @@ def check_evaluation(model: nn.Module, data: bytes, form: EvaluationForm) -> Non
     """
     model = copy.deepcopy(model).cpu().double().eval()
     rounds = any(isinstance(layer, QuantLayer | FakeQuantize) for layer in model.modules())
-    export = functools.partial(evaluation_graph, model, form.input_shape, batch=form.batch)
+    export = functools.partial(evaluation_graph, model, form.input_shape, batch=form.batch, loss=loss)
     for rounding in (True, False) if rounds else (False,):
         with contextlib.nullcontext() if rounding else float_arithmetic(model):
-            first = _scored(model, form, 0)
+            first = _scored(model, form, loss, 0)
             _judge_scores(model, _Step(model, *export(dtype=np.float64), np.float64), first, DOUBLE)
             single = (data, form) if rounding or not rounds else export()
             step, allowed = _Step(model, *single, np.float32), ROUNDED_SINGLE if rounding else SINGLE
             judge = functools.partial(_judge_scores, model, step)
-            _judge_single(judge, first, lambda seed: _scored(model, form, seed), allowed)
+            _judge_single(judge, first, lambda seed: _scored(model, form, loss, seed), allowed)
 
 
 def _judge_single(
@@ -118,21 +118,21 @@ class _Step:
         return first, float(second), float(loss)
 
 
-def _trial(model: nn.Module, form: StepForm, ramp: float, seed: int) -> _Trial:
+def _trial(model: nn.Module, form: StepForm, loss: str, ramp: float, seed: int) -> _Trial:
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((form.batch, *form.input_shape)).astype(np.float32).astype(np.float64)
     y = rng.integers(0, form.classes, form.batch)
     mask = np.ones(form.batch)
     mask[form.batch - form.batch // 3 :] = 0
-    return _Trial(x, y, mask, *_reference(model, x, y, ramp))
+    return _Trial(x, y, mask, *_reference(model, x, y, loss, ramp))
 
 
-def _reference(model: nn.Module, x: Array, y: Array, ramp: float) -> tuple[Array, Array]:
+def _reference(model: nn.Module, x: Array, y: Array, loss: str, ramp: float) -> tuple[Array, Array]:
     """Gradient [n, d] and loss [n] of every example, one backward pass each, with ``ramp`` as in `graph.step_graph`."""
     kinked = set(kinked_layers(model)) if ramp else ()
     hooks = [layer.register_forward_pre_hook(lambda _, given: (_ramped(given[0], ramp),)) for layer in kinked]
     try:
-        return _each_gradient(model, x, y)
+        return _each_gradient(model, x, y, loss)
     finally:
         for hook in hooks:
             hook.remove()
@@ -143,14 +143,14 @@ def _ramped(x: Tensor, ramp: float) -> Tensor:
     return x + ramp * torch.arange(1, 1 + places.numel(), dtype=x.dtype).view(places)
 
 
-def _each_gradient(model: nn.Module, x: Array, y: Array) -> tuple[Array, Array]:
+def _each_gradient(model: nn.Module, x: Array, y: Array, loss: str) -> tuple[Array, Array]:
     chosen = [p for p in model.parameters() if p.requires_grad]
     rows, losses = [], []
     for one, label in zip(torch.from_numpy(x), torch.from_numpy(y), strict=True):
-        loss = F.cross_entropy(model(one[None]), label[None])
-        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        own = loss_of(model(one[None]), label[None], loss)
+        found = torch.autograd.grad(own, chosen, allow_unused=True, materialize_grads=True)
         rows.append(torch.cat([part.reshape(-1) for part in found]).numpy())
-        losses.append(float(loss.detach()))
+        losses.append(float(own.detach()))
     return np.stack(rows), np.array(losses)
 
 
@@ -182,7 +182,7 @@ def _judge_rounded(model: nn.Module, step: _Step, trial: _Trial, _: float) -> No
         raise _misses(model, "rounding in single precision", f"differs by {distance:.2g} of the norm", ROUNDED_SINGLE)
 
 
-def _scored(model: nn.Module, form: EvaluationForm, seed: int) -> _Trial:
+def _scored(model: nn.Module, form: EvaluationForm, loss: str, seed: int) -> _Trial:
     """A trial whose ``rows`` [n, 1] are 1 where the prediction is right, which it is for half of the examples or more."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((form.batch, *form.input_shape)).astype(np.float32).astype(np.float64)
@@ -192,7 +192,7 @@ def _scored(model: nn.Module, form: EvaluationForm, seed: int) -> _Trial:
         logits = model(torch.from_numpy(x))
     predicted = logits.argmax(1).numpy()
     y[::2] = predicted[::2]
-    losses = F.cross_entropy(logits, torch.from_numpy(y), reduction="none").numpy()
+    losses = loss_of(logits, torch.from_numpy(y), loss, "none").numpy()
     return _Trial(x, y, mask, (predicted == y)[:, None].astype(np.float64), losses)
 
 

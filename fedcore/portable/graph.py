@@ -62,11 +62,13 @@ def _sizes(model: nn.Module) -> tuple[int, int, tuple[str, ...]]:
 
 
 def step_graph(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, clips: bool, dtype: Any = np.float32, ramp: float = 0.0
-) -> tuple[bytes, StepForm]:
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, clips: bool, loss: str = "cross_entropy",
+    dtype: Any = np.float32, ramp: float = 0.0,
+) -> tuple[bytes, StepForm]:  # fmt: skip
     """The training step of ``model`` for ``batch`` inputs of ``input_shape``, as the bytes of an ONNX file, and its form.
 
-    The same model gives the same bytes; values of parameters and of activation ranges are not part of them. For comparisons alone
+    ``loss`` is one of `config.LOSSES`: what the graph computes says which, the form does not. The same model and loss give the
+    same bytes; values of parameters and of activation ranges are not part of them. For comparisons alone
     are ``dtype`` float64 and ``ramp``: that times the number of its pixel is added to every input of the `kinked_layers`.
 
     Raises:
@@ -76,12 +78,12 @@ def step_graph(
     nodes, inputs, links = _read_model(model, form, dtype, ramp)
     form = replace(form, classes=links[-1].frame.channels)
     targets = [name for name, p in model.named_parameters() if p.requires_grad]
-    outputs = _accumulate(nodes, links, inputs, targets, clips=clips)
+    outputs = _accumulate(nodes, links, inputs, targets, loss, clips=clips)
     return _file(nodes, form, outputs, "accumulate"), form
 
 
 def evaluation_graph(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, dtype: Any = np.float32
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, loss: str = "cross_entropy", dtype: Any = np.float32
 ) -> tuple[bytes, EvaluationForm]:  # fmt: skip
     """The evaluation of ``model`` for ``batch`` inputs of ``input_shape``, as `step_graph` gives its training step.
 
@@ -91,7 +93,7 @@ def evaluation_graph(
     form = EvaluationForm(*_sizes(model), input_shape, 1, batch)
     nodes, inputs, links = _read_model(model, form, dtype, 0.0)
     form = replace(form, classes=links[-1].frame.channels)
-    return _file(nodes, form, _evaluate(nodes, links, inputs), "evaluate"), form
+    return _file(nodes, form, _evaluate(nodes, links, inputs, loss), "evaluate"), form
 
 
 def _read_model(
@@ -226,13 +228,13 @@ def _fits(name: str, layer: nn.Module, fits: bool, frame: Frame) -> None:
 
 
 def _accumulate(
-    nodes: Nodes, links: list[Link], inputs: dict[str, Value], targets: list[str], *, clips: bool
+    nodes: Nodes, links: list[Link], inputs: dict[str, Value], targets: list[str], kind: str, *, clips: bool
 ) -> dict[str, Value]:  # fmt: skip
     """The step itself; see `form`."""
     mask = nodes.reshape(inputs["mask"], inputs["mask"].size, 1)
-    logarithms = nodes.unary("LogSoftmax", _logits(nodes, links, inputs), axis=1)
-    loss = _loss(nodes, logarithms, inputs["y"], mask)
-    errors = nodes.binary("Sub", nodes.unary("Exp", logarithms), inputs["y"])
+    outputs = _outputs(nodes, _logits(nodes, links, inputs), inputs["y"], kind)
+    loss = _loss(nodes, outputs, inputs["y"], mask, kind)
+    errors = _errors(nodes, outputs, inputs["y"], kind)
     if not clips:
         errors = nodes.binary("Mul", errors, mask)
     parts: list[Part] = []
@@ -247,11 +249,11 @@ def _accumulate(
     return {"gradient": gradient, "count": nodes.reshape(nodes.reduce("ReduceSum", mask, 0, 1)), "loss": loss}
 
 
-def _evaluate(nodes: Nodes, links: list[Link], inputs: dict[str, Value]) -> dict[str, Value]:
+def _evaluate(nodes: Nodes, links: list[Link], inputs: dict[str, Value], kind: str) -> dict[str, Value]:
     """The evaluation itself; see `form`."""
     mask = nodes.reshape(inputs["mask"], inputs["mask"].size, 1)
     logits = _logits(nodes, links, inputs)
-    loss = _loss(nodes, nodes.unary("LogSoftmax", logits, axis=1), inputs["y"], mask)
+    loss = _loss(nodes, _outputs(nodes, logits, inputs["y"], kind), inputs["y"], mask, kind)
     # Of equal logits the first is the prediction, as torch has it: the largest of the marks that the largest logits bear.
     largest = _truth(nodes, logits, nodes.reduce("ReduceMax", logits, 1))
     marks = nodes.binary("Mul", largest, nodes.constant(np.arange(logits.shape[1], 0, -1)[None]))
@@ -273,9 +275,23 @@ def _logits(nodes: Nodes, links: list[Link], inputs: dict[str, Value]) -> Value:
     return value
 
 
-def _loss(nodes: Nodes, logarithms: Value, y: Value, mask: Value) -> Value:
-    """Cross-entropy summed over the examples that count."""
-    losses = nodes.binary("Mul", nodes.binary("Mul", logarithms, y), mask)
+def _outputs(nodes: Nodes, logits: Value, y: Value, kind: str) -> Value:
+    """What a loss and its gradient are made of: logarithms of probabilities, or differences to the one-hot target."""
+    return nodes.binary("Sub", logits, y) if kind == "squared" else nodes.unary("LogSoftmax", logits, axis=1)
+
+
+def _errors(nodes: Nodes, outputs: Value, y: Value, kind: str) -> Value:
+    """The gradient of each example's loss at the logits."""
+    if kind == "squared":
+        return nodes.scaled(outputs, 2 / outputs.shape[1])
+    return nodes.binary("Sub", nodes.unary("Exp", outputs), y)
+
+
+def _loss(nodes: Nodes, outputs: Value, y: Value, mask: Value, kind: str) -> Value:
+    """The loss (`training.loss`) summed over the examples that count."""
+    losses = nodes.binary("Mul", nodes.binary("Mul", outputs, outputs if kind == "squared" else y), mask)
+    if kind == "squared":
+        return nodes.scaled(nodes.reshape(nodes.reduce("ReduceSum", losses, 0, 1)), 1 / outputs.shape[1])
     return nodes.unary("Neg", nodes.reshape(nodes.reduce("ReduceSum", losses, 0, 1)))
 
 

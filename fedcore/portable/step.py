@@ -18,6 +18,7 @@ from fedcore.errors import Refused, TryAgain
 from fedcore.portable.form import SIZE_LIMIT, EvaluationForm, GraphForm, StepForm
 from fedcore.portable.gate import check_evaluation, check_parity
 from fedcore.portable.graph import evaluation_graph, step_graph
+from fedcore.portable.judge import judge_graph
 
 __all__ = ["PortableStep", "portable_evaluation", "portable_step"]
 
@@ -38,11 +39,12 @@ class PortableStep(Generic[Form]):
 
 
 def portable_step(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, unit: str, cache: Path | None = None
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, unit: str, loss: str = "cross_entropy", cache: Path | None = None
 ) -> PortableStep[StepForm]:  # fmt: skip
     """The step of ``model``, whose trainable parameters are those that require gradients, for ``batch`` examples in one call.
 
     ``unit``: what privacy protects. With "example" the step clips every example's gradient; with "client" or "" it does not.
+    ``loss``: one of `config.LOSSES`.
     ``cache``: directory where steps that passed the gate lie under their hash. Neither parameters' values nor activation ranges
     change a step: it is another one only before the ranges are frozen, when activations are not rounded.
 
@@ -54,12 +56,12 @@ def portable_step(
         raise Refused(f'training step: unit must be "example", "client" or empty, got {unit!r}')
     if batch < 1:
         raise Refused(f"training step: batch must be >= 1, got {batch}")
-    step = PortableStep(*step_graph(model, input_shape, batch=batch, clips=unit == "example"))
-    return _judged(step, partial(check_parity, model, step.data, step.form), cache)
+    step = PortableStep(*step_graph(model, input_shape, batch=batch, clips=unit == "example", loss=loss))
+    return _judged(step, partial(check_parity, model, step.data, step.form, loss), cache)
 
 
 def portable_evaluation(
-    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, cache: Path | None = None
+    model: nn.Module, input_shape: tuple[int, ...], *, batch: int, loss: str = "cross_entropy", cache: Path | None = None
 ) -> PortableStep[EvaluationForm]:  # fmt: skip
     """The evaluation graph of ``model`` for ``batch`` examples in one call, as `portable_step` gives its step.
 
@@ -69,17 +71,16 @@ def portable_evaluation(
     """
     if batch < 1:
         raise Refused(f"evaluation graph: batch must be >= 1, got {batch}")
-    step = PortableStep(*evaluation_graph(model, input_shape, batch=batch))
-    return _judged(step, partial(check_evaluation, model, step.data, step.form), cache)
+    step = PortableStep(*evaluation_graph(model, input_shape, batch=batch, loss=loss))
+    return _judged(step, partial(check_evaluation, model, step.data, step.form, loss), cache)
 
 
 def _judged(step: PortableStep[Form], judge: Callable[[], None], cache: Path | None) -> PortableStep[Form]:
-    if len(step.data) > SIZE_LIMIT:
-        raise Refused(f"{step.form.WHAT}: it has {len(step.data)} bytes, more than the {SIZE_LIMIT} that devices accept")
     # Another runtime may compute otherwise, and has to pass the gate on its own.
     place = cache / f"onnxruntime-{onnxruntime.__version__}" / f"{step.sha256}.onnx" if cache else None
     if place is None or not _holds(place, step.sha256):
         judge()
+        judge_graph(step.data, SIZE_LIMIT)
         if place:
             _keep(place, step.data)
     return step

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
 
 from fedcore.errors import Refused
 from fedcore.quantization.integer import (
@@ -82,13 +81,24 @@ class _Tracer(fx.Tracer):
         return isinstance(m, (QuantLayer, FakeQuantize)) or super().is_leaf_module(m, module_qualified_name)
 
 
+class _Shapes(fx.Interpreter):
+    """Notes the shape of every tensor; torch's own ShapeProp imports sympy for it, half a second at the end of each run."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As the interpreter has it, and ``n.meta["shape"]``."""
+        value = super().run_node(n)
+        if isinstance(value, torch.Tensor):
+            n.meta["shape"] = tuple(value.shape)
+        return value
+
+
 def _trace(model: nn.Module, input_shape: tuple[int, ...]) -> fx.Graph:
     """The model's graph, with the shape of every value for a batch of two in ``meta``."""
     training = model.training
     try:
         graph = _Tracer().trace(model.eval())
         with torch.no_grad():
-            ShapeProp(fx.GraphModule(model, graph)).propagate(torch.zeros(2, *input_shape))
+            _Shapes(fx.GraphModule(model, graph)).run(torch.zeros(2, *input_shape))
         return graph
     except Exception as error:  # torch.fx raises its own and the model's errors
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -161,19 +171,19 @@ class _Steps:
         self, node: fx.Node, operation: Operation, places: tuple[int, ...], grid: ActivationRange | None = None
     ) -> int:  # fmt: skip
         name = str(node.target) if node.op == "call_module" else node.name
-        self.steps.append(Step(name, operation, places, tuple(node.meta["tensor_meta"].shape[1:]), grid))
+        self.steps.append(Step(name, operation, places, node.meta["shape"][1:], grid))
         return len(self.steps)
 
     def _on_grid(self, place: int, span: ActivationRange, node: fx.Node) -> int:
         if self._grid(place) == span:
             return place
         source = node if node.op == "placeholder" else _first(node)
-        shape = self.steps[place - 1].shape if place else tuple(source.meta["tensor_meta"].shape[1:])
+        shape = self.steps[place - 1].shape if place else source.meta["shape"][1:]
         self.steps.append(Step(f"{node.name}.input", Elementwise("requantize"), (place,), shape, span))
         return len(self.steps)
 
     def _module(self, node: fx.Node, module: nn.Module) -> int:
-        x, rank = self._places[_first(node)], len(_first(node).meta["tensor_meta"].shape)
+        x, rank = self._places[_first(node)], len(_first(node).meta["shape"])
         if module._forward_hooks or module._forward_pre_hooks:
             raise Refused(f"export: layer {node.target} has hooks, which no exporter sees")
         if isinstance(module, FakeQuantize):
@@ -193,7 +203,7 @@ class _Steps:
             return self._append(node, Flatten(), (x,), self._grid(x))
         if isinstance(module, nn.GroupNorm):
             return self._append(node, _group_norm(module), (x,))
-        operation = _pool(module, tuple(_first(node).meta["tensor_meta"].shape[2:]))
+        operation = _pool(module, _first(node).meta["shape"][2:])
         return self._append(node, operation, (x,), self._grid(x) if operation.kind == "max" else None)
 
     def _function(self, node: fx.Node) -> int:
@@ -205,7 +215,7 @@ class _Steps:
         if node.target in (torch.relu, nn.functional.relu, "relu"):
             return self._relu(node, places[0])
         if node.target in (operator.add, torch.add) and len(places) == 2:
-            shapes = {tuple(argument.meta["tensor_meta"].shape) for argument in node.args if isinstance(argument, fx.Node)}
+            shapes = {argument.meta["shape"] for argument in node.args if isinstance(argument, fx.Node)}
             if len(shapes) > 1:
                 raise Refused(f"export: operator {_operator(node)} ({node.name}) on different shapes, which no exporter knows")
             return self._append(node, Elementwise("add"), places)

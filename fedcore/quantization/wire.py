@@ -2,7 +2,7 @@
 
 Model (little-endian): ``FCM1`` | header length, uint32 | header, canonical JSON | tensors in header order, each aligned to 4
 bytes. The header lists tensors (name, shape, encoding), activation ranges and free metadata. Encodings: ``int8`` (one float32
-scale per row of the first axis, then the integers), ``fp16``, ``fp32``.
+scale per row of the first axis, then the integers), ``int7`` (the same bytes; scales are powers of two), ``fp16``, ``fp32``.
 
 Update (little-endian): ``FCU1`` | encoding, uint8 (0 float32, 1 int8) | 3 zero bytes | number of values, uint32 | number of
 examples, uint64 | training loss, float64 | values. ``int8`` values are float32 scales of blocks of `BLOCK` values, then the
@@ -24,8 +24,8 @@ import numpy.typing as npt
 from fedcore.errors import Refused
 
 __all__ = [
-    "BLOCK", "ActivationRange", "DecodedModel", "ModelTensor", "Section", "Update", "decode_model", "decode_update",
-    "encode_model", "encode_update", "model_sections", "quantize_rows", "update_length",
+    "BLOCK", "INTEGERS", "ActivationRange", "DecodedModel", "ModelTensor", "Section", "Update", "decode_model", "decode_update",
+    "encode_model", "encode_update", "model_sections", "quantize_rows", "quantize_rows_steadily", "update_length",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -33,6 +33,9 @@ MAGIC_MODEL, MAGIC_UPDATE = b"FCM1", b"FCU1"
 BLOCK = 256
 _UPDATE_HEADER = struct.Struct("<4sB3xIQd")
 _ENCODINGS = ("float32", "int8")
+INTEGERS = ("int8", "int7")  # encodings of a model's weights as integers and a scale per row
+_LEAST_EXPONENT = -126  # of a normal float32
+_LARGEST_INT7 = 2.0**127  # what is larger may round to infinity
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One parameter tensor of fp32 values and how it is encoded: ``int8``, ``fp16`` or ``fp32``."""
+    """One parameter tensor of fp32 values and how it is encoded: ``int8``, ``int7``, ``fp16`` or ``fp32``."""
 
     name: str
     values: Floats
@@ -95,6 +98,18 @@ def quantize_rows(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     scale = (peak / np.float32(127)).astype(np.float32)
     integers = np.rint(rows * (np.float32(1) / scale)[:, None]).astype(np.int8)
     return integers.reshape(values.shape), scale
+
+
+def quantize_rows_steadily(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Symmetric integers of ``values`` [out, ...] within [-64, 64] with one scale per row, [out], a power of two.
+
+    Such a scale stays until the row's peak has doubled or halved. From one round to the next the integers then differ only where
+    weights have moved, and by little: that makes the delta between the two models small.
+    """
+    rows = values.reshape(values.shape[0], -1)
+    _, exponent = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
+    scale = np.ldexp(np.float32(1), np.maximum(exponent - 6, _LEAST_EXPONENT)).astype(np.float32)
+    return np.rint(rows / scale[:, None]).astype(np.int8).reshape(values.shape), scale
 
 
 def encode_model(
@@ -209,8 +224,10 @@ def decode_update(data: bytes) -> Update:
 
 
 def _encode_tensor(tensor: ModelTensor) -> bytes:
-    if tensor.encoding == "int8":
-        integers, scale = quantize_rows(tensor.values)
+    if tensor.encoding in INTEGERS:
+        if tensor.encoding == "int7" and np.abs(tensor.values).max(initial=0.0) > _LARGEST_INT7:
+            raise Refused(f"parameter {tensor.name} holds values beyond the range of int7 (2^127); it cannot be encoded")
+        integers, scale = (quantize_rows if tensor.encoding == "int8" else quantize_rows_steadily)(tensor.values)
         return scale.tobytes() + integers.tobytes()
     if tensor.encoding == "fp16":
         with np.errstate(over="ignore"):
@@ -222,7 +239,7 @@ def _encode_tensor(tensor: ModelTensor) -> bytes:
 
 
 def _decode_tensor(data: bytes, shape: tuple[int, ...], encoding: str) -> Floats:
-    if encoding == "int8":
+    if encoding in INTEGERS:
         scale = np.frombuffer(data, "<f4", shape[0])
         integers = np.frombuffer(data, np.int8, offset=4 * shape[0]).reshape(shape)
         values: Floats = integers.astype(np.float32) * scale.reshape(-1, *[1] * (len(shape) - 1))
@@ -232,8 +249,8 @@ def _decode_tensor(data: bytes, shape: tuple[int, ...], encoding: str) -> Floats
 
 def _encoded_length(shape: tuple[int, ...], encoding: str, name: str) -> int:
     count = math.prod(shape)
-    lengths = {"int8": count + 4 * (shape[0] if shape else 0), "fp16": 2 * count, "fp32": 4 * count}
-    if encoding not in lengths or (encoding == "int8" and not shape):
+    lengths = {**dict.fromkeys(INTEGERS, count + 4 * (shape[0] if shape else 0)), "fp16": 2 * count, "fp32": 4 * count}
+    if encoding not in lengths or (encoding in INTEGERS and not shape):
         raise Refused(f"damaged fedcore model: tensor {name} has encoding {encoding!r}; allowed: {', '.join(lengths)}")
     return lengths[encoding]
 

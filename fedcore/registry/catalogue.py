@@ -17,6 +17,7 @@ from tuf.api.metadata import TargetFile
 
 from fedcore.errors import Refused
 from fedcore.registry.delta import CODECS, Edge
+from fedcore.registry.names import check_model
 
 __all__ = [
     "ARTEFACT", "DELTA", "RELEASE_PATTERN", "SELF_TEST", "STEP", "Catalogue", "Entry", "Item", "artefact", "delta", "entries_of",
@@ -170,7 +171,7 @@ def step(name: str, data: bytes) -> Item:
 def _path(model: str, version: int, group: str, name: str) -> str:
     if not 1 <= version <= _LARGEST_VERSION:
         raise Refused(f"a release's version is 1 to {_LARGEST_VERSION}, got {version}")
-    return "/".join(("releases", _word(model), str(version), _word(group), _word(name)))
+    return "/".join(("releases", check_model(model), str(version), _word(group), _word(name)))
 
 
 def _word(text: str) -> str:

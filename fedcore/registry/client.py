@@ -25,10 +25,10 @@ from tuf.api.metadata import TargetFile, Targets
 from tuf.ngclient._internal.trusted_metadata_set import TrustedMetadataSet
 from tuf.ngclient.config import EnvelopeType, UpdaterConfig
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 from fedcore.registry.catalogue import Catalogue, Entry, entries_of
 from fedcore.registry.fetch import Deadline, Fetcher, fetch_bytes, fetch_file
-from fedcore.registry.files import write_durably
 from fedcore.registry.roles import (
     RELEASES,
     ROOT,
@@ -233,7 +233,7 @@ def _offered(trusted: TrustedMetadataSet) -> list[TargetFile]:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        write_durably(path, data)
+        durable.write(path, data)
     except OSError as error:
         raise TryAgain(f"{path} cannot be written ({error.strerror}); the installed model stays") from error
 

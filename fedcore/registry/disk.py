@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedcore import durable
 from fedcore.errors import TryAgain
 
 __all__ = ["Disk", "alone"]
@@ -22,11 +23,7 @@ class Disk:
 
     def sync(self, path: Path) -> None:
         """A file's content, or a directory's names, are on the disk when this returns."""
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        durable.sync(path)
 
     def rename(self, old: Path, new: Path) -> None:
         """Atomically; durable after the directory's `sync`."""

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 
-__all__ = ["Files", "LocalFiles", "RemoteFiles", "open_files", "write_durably"]
+__all__ = ["Files", "LocalFiles", "RemoteFiles", "open_files"]
 
 _LOCK = ".lock"
 
@@ -73,7 +74,7 @@ class LocalFiles:
         path = self._directory / name
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(path, data)
+            durable.write(path, data)
         except OSError as error:
             raise TryAgain(f"{path} cannot be written ({error.strerror})") from error
 
@@ -162,22 +163,3 @@ class RemoteFiles:
 def open_files(place: str) -> Files:
     """The files at a path or a URL."""
     return RemoteFiles(place) if "://" in place else LocalFiles(Path(place))
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path`` and on the disk; a kill at any point leaves the old file or the new one.
-
-    Raises:
-        OSError: as the system has it; the old file is intact.
-    """
-    fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    fresh.replace(path)
-    handle = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,6 +10,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 
 from fedcore.errors import Refused, TryAgain
 
-__all__ = ["GENESIS", "Journal", "check_chain", "held"]
+__all__ = ["GENESIS", "Journal", "check_chain", "held", "plain"]
 
 GENESIS = "0" * 64
 _TURN = 0.05  # seconds between two tries
@@ -107,6 +108,15 @@ def check_chain(data: bytes, where: str = "records") -> tuple[int, str]:
             raise Refused(f"{where}: line {number + 1} was changed, or one before it was removed or put in")
         head = digest
     return len(lines), head
+
+
+def plain(value: Any) -> Any:
+    """The same for JSON, which has neither infinity nor what is no number: None stands for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: plain(one) for key, one in value.items()}
+    return [plain(one) for one in value] if isinstance(value, (list, tuple)) else value
 
 
 def _canonical(content: Mapping[str, Any]) -> bytes:

@@ -15,9 +15,11 @@ from fedcore.registry.roles import RELEASES, ROOT, SNAPSHOT, TARGETS, TIMESTAMP
 from fedcore.secagg.crypto import ED25519
 from fedcore.secagg.keys import new_directory, new_signing_key, read_private_key, read_public_key
 
-__all__ = ["RoleKeys", "Signers", "load_signers", "make_keys", "new_key", "read_key"]
+__all__ = ["UNFINISHED", "RoleKeys", "Signers", "load_signers", "make_keys", "new_key", "read_key"]
 
 Signers = Mapping[str, CryptoSigner]  # by key id
+UNFINISHED = "unfinished"
+"""A file beside keys whose repository is not complete yet."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class RoleKeys:
 
 
 def make_keys(offline: Path, online: Path, roots: int, threshold: int, *, publishes: bool) -> dict[str, RoleKeys]:
-    """Make every key of a new repository, in two directories that appear complete or not at all.
+    """Make every key of a new repository, in two directories that appear complete or not at all, marked as `UNFINISHED`.
 
     Args:
         offline: for ``roots`` root keys, of which ``threshold`` must sign, the targets key, and the key of `releases`.
@@ -42,9 +44,11 @@ def make_keys(offline: Path, online: Path, roots: int, threshold: int, *, publis
         raise Refused(f"a root has 1 to 16 keys and a threshold of at most as many, got {roots} and {threshold}")
     found = {}
     with new_directory(online) as fresh:
+        (fresh / UNFINISHED).touch()
         for role in (SNAPSHOT, TIMESTAMP, *((RELEASES,) if publishes else ())):
             found[role] = RoleKeys((_made(fresh, role),))
         with new_directory(offline) as apart:
+            (apart / UNFINISHED).touch()
             found[ROOT] = RoleKeys(tuple(_made(apart, f"root-{number}") for number in range(1, roots + 1)), threshold)
             for role in (TARGETS, *(() if publishes else (RELEASES,))):
                 found[role] = RoleKeys((_made(apart, role),))

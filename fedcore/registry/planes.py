@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedcore.errors import Refused
-from fedcore.quantization.wire import Section, model_sections
+from fedcore.quantization.wire import INTEGERS, Section, model_sections
 from fedcore.registry.frames import compress, decompress
 
 __all__ = ["decode_planes", "encode_planes"]
@@ -80,7 +80,7 @@ def decode_planes(base: bytes, payload: bytes, length: int) -> bytes:
     count = sum(_halves(one) for one in after)
     words = np.frombuffer(reader.next(4 * count), np.uint8).reshape(4, count).T.copy().view("<u4").reshape(-1)
     patterns = _patterns(base, before) + _unfold(words)
-    residual = _residual(reader, sum(_values(one) for one in after if one.encoding == "int8"))
+    residual = _residual(reader, sum(_values(one) for one in after if one.encoding in INTEGERS))
     reader.end()
     result = np.zeros(length, np.uint8)
     result[: len(header)] = np.frombuffer(header, np.uint8)
@@ -89,7 +89,7 @@ def decode_planes(base: bytes, payload: bytes, length: int) -> bytes:
     integers = (_predicted(base, before, scales) if payload[0] else _integers(base, before)) + residual
     at = 0
     for one in after:
-        if one.encoding == "int8":
+        if one.encoding in INTEGERS:
             start, n = one.offset + 4 * one.shape[0], _values(one)
             result[start : start + n] = integers[at : at + n].view(np.uint8)
             at += n
@@ -117,12 +117,12 @@ def _kinds(sections: Sequence[Section]) -> list[tuple[str, tuple[int, ...], str]
 
 
 def _values(one: Section) -> int:
-    return one.length - 4 * one.shape[0] if one.encoding == "int8" else one.length // (2 if one.encoding == "fp16" else 4)
+    return one.length - 4 * one.shape[0] if one.encoding in INTEGERS else one.length // (2 if one.encoding == "fp16" else 4)
 
 
 def _halves(one: Section) -> int:
     """Numbers of a tensor that are no int8."""
-    return one.shape[0] if one.encoding == "int8" else _values(one)
+    return one.shape[0] if one.encoding in INTEGERS else _values(one)
 
 
 def _patterns(data: bytes, sections: Sequence[Section]) -> _Words:
@@ -144,12 +144,12 @@ def _put_patterns(result: _Bytes, sections: Sequence[Section], patterns: _Words)
 
 
 def _scales(data: bytes, sections: Sequence[Section]) -> list[npt.NDArray[np.float32]]:
-    return [np.frombuffer(data, "<f4", one.shape[0], one.offset) for one in sections if one.encoding == "int8"]
+    return [np.frombuffer(data, "<f4", one.shape[0], one.offset) for one in sections if one.encoding in INTEGERS]
 
 
 def _integers(data: bytes, sections: Sequence[Section]) -> npt.NDArray[np.int8]:
     found = [
-        np.frombuffer(data, np.int8, _values(one), one.offset + 4 * one.shape[0]) for one in sections if one.encoding == "int8"
+        np.frombuffer(data, np.int8, _values(one), one.offset + 4 * one.shape[0]) for one in sections if one.encoding in INTEGERS
     ]
     return np.concatenate([np.zeros(0, np.int8), *found])
 
@@ -157,7 +157,7 @@ def _integers(data: bytes, sections: Sequence[Section]) -> npt.NDArray[np.int8]:
 def _predicted(base: bytes, sections: Sequence[Section], scales: Sequence[npt.NDArray[np.float32]]) -> npt.NDArray[np.int8]:
     """What the base's integers become under new scales."""
     found = [np.zeros(0, np.int8)]
-    integral = [one for one in sections if one.encoding == "int8"]
+    integral = [one for one in sections if one.encoding in INTEGERS]
     for one, old, new in zip(integral, _scales(base, sections), scales, strict=True):
         values = np.frombuffer(base, np.int8, _values(one), one.offset + 4 * one.shape[0]).reshape(one.shape[0], -1)
         with np.errstate(all="ignore"):  # a hostile file's scales may be anything: its result is not the one promised

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from securesystemslib.signer import SSlibKey
@@ -62,6 +63,7 @@ __all__ = [
     "load",
     "publication",
     "publish",
+    "refuse_taken",
     "renew",
     "renewal",
     "rotate",
@@ -69,6 +71,8 @@ __all__ = [
 ]
 
 Write = tuple[str, bytes]
+Needed = Mapping[str, Collection[int]]
+_NONE: Needed = MappingProxyType({})
 _CLOCKS = timedelta(hours=1)  # by which machines that sign may differ
 _S = TypeVar("_S", Root, Timestamp, Snapshot, Targets)
 
@@ -96,23 +100,36 @@ def create(files: Files, keys: Mapping[str, RoleKeys], signers: Signers, now: da
         Refused: there is one already, or too few keys are at hand.
     """
     with files.held():
-        if files.names():
-            raise Refused("a repository is made in an empty place; there are files already")
+        refuse_taken(files.names())
         _write(files, initial(keys, signers, now))
 
 
-def publish(files: Files, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None) -> None:
+def refuse_taken(names: Sequence[str]) -> None:
+    """See that a repository can be made where these files are: none, or some of a creation that was cut off before its end.
+
+    Raises:
+        Refused: it cannot.
+    """
+    first = [metadata_name(role, 1) for role in (ROOT, TARGETS, RELEASES, SNAPSHOT)]
+    writing = [f"metadata/.{name.rpartition('/')[2]}.new" for name in (*first, TIMESTAMP_NAME)]
+    if other := sorted(set(names) - {*first, *writing}):
+        raise Refused(f"a repository is made in an empty place; there are files already ({other[0]})")
+
+
+def publish(
+    files: Files, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None, needed: Needed = _NONE
+) -> None:  # fmt: skip
     """Add targets. Items below releases/ are signed by the role `releases`, all others by `targets`.
 
     With ``keep``, only so many of the newest releases of each model are offered from then on, which bounds the metadata that
-    devices read; files of older ones stay where they are.
+    devices read; files of older ones stay where they are. What is ``needed``, versions by model, is offered whatever its age.
 
     Raises:
         Refused: a path is taken by other content, a release is not above the last one of its model, or a key is missing.
         TryAgain: the place cannot be written; readers see what was there before.
     """
     with files.held():
-        _write(files, publication(load(files), items, signers, now, keep))
+        _write(files, publication(load(files), items, signers, now, keep, needed))
 
 
 def renew(files: Files, signers: Signers, now: datetime) -> list[str]:
@@ -176,7 +193,9 @@ def initial(keys: Mapping[str, RoleKeys], signers: Signers, now: datetime) -> li
     return [(metadata_name(ROOT, 1), _signed(root, root, ROOT, signers)), *_resigned(state, {TARGETS, RELEASES}, signers, now)]
 
 
-def publication(state: State, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None) -> list[Write]:
+def publication(
+    state: State, items: Sequence[Item], signers: Signers, now: datetime, keep: int | None = None, needed: Needed = _NONE
+) -> list[Write]:  # fmt: skip
     """What `publish` writes, in order."""
     if keep is not None and keep < 1:
         raise Refused(f"at least one release of a model is kept, got {keep}")
@@ -191,7 +210,7 @@ def publication(state: State, items: Sequence[Item], signers: Signers, now: date
         changed.add(role)
         writes[target_name(item.path, target.hashes["sha256"])] = item.data
     if keep is not None:
-        releases.targets = _newest(releases.targets, keep)
+        releases.targets = _newest(releases.targets, keep, needed)
     return [*writes.items(), *_resigned(replace(state, targets=targets, releases=releases), changed, signers, now)]
 
 
@@ -263,14 +282,14 @@ def full_keyid(state: State, role: str, start: str | None) -> str:
     return keyids[0]
 
 
-def _newest(targets: Mapping[str, TargetFile], keep: int) -> dict[str, TargetFile]:
-    """Targets of the last releases of each model."""
+def _newest(targets: Mapping[str, TargetFile], keep: int, needed: Needed) -> dict[str, TargetFile]:
+    """Targets of the last releases of each model, and of those that are needed."""
     entries = {path: Entry.of(target) for path, target in targets.items()}
     versions: dict[str, set[int]] = {}
     for entry in entries.values():
         model, version = entry.release
         versions.setdefault(model, set()).add(version)
-    kept = {model: set(sorted(held)[-keep:]) for model, held in versions.items()}
+    kept = {model: {*sorted(held)[-keep:], *needed.get(model, ())} for model, held in versions.items()}
     return {path: targets[path] for path, entry in entries.items() if entry.release[1] in kept[entry.release[0]]}
 
 

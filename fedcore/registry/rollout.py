@@ -308,7 +308,8 @@ def _compared(
         yield Test(group, signal.name, *counts, liars, harm, wall, fine, fine_wall if whole else None)
         if signal.ceiling < 1:
             over = float(ceiling_evidence(histogram(np.array(canary) > signal.budget), liars[0], signal.ceiling))
-            yield Test(group, f"{signal.name} above {signal.budget:g} on at most {signal.ceiling:g}", *counts, liars, over, wall)
+            name = f"{signal.name} above {signal.budget:g} or untold on more than {signal.ceiling:g}"
+            yield Test(group, name, *counts, liars, over, wall)
         return
     new, old = (histogram(np.array(votes) / signal.clip) for votes in (canary, control))
     harm = float(excess_evidence(new, old, *liars, signal.tolerance / signal.clip))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fedcore.errors import Refused
+from fedcore.registry.journal import plain
 from fedcore.registry.rollout import Decision, Member, Plan, Rollout, Signal, Test, exposed
 
 __all__ = ["decision_record", "decode_rollout", "encode_rollout", "order_record"]
@@ -44,21 +45,23 @@ def decode_rollout(data: bytes) -> Rollout:
 
 def decision_record(state: Rollout, decision: Decision, tests: Sequence[Test], clock: float) -> dict[str, Any]:
     """For `fedcore.registry.journal.Journal`: what was decided, on what evidence. ``state`` is the one after the decision."""
-    return {
-        **_where(state, clock), "event": decision, "by": "evidence",
-        "evidence": [{**dataclasses.asdict(test), "harmful": test.harmful, "harmless": test.harmless} for test in tests],
-    }  # fmt: skip
+    return {**_where(state, clock), "event": decision, "by": "evidence", "evidence": _rows(tests)}
 
 
-def order_record(state: Rollout, what: str, who: str, why: str, clock: float) -> dict[str, Any]:
-    """The same for what a person ordered. ``state`` is the one after it.
+def order_record(state: Rollout, what: str, who: str, why: str, clock: float, tests: Sequence[Test] = ()) -> dict[str, Any]:
+    """The same for what a person ordered, with the evidence at that time if it was looked at. ``state`` is the one after it.
 
     Raises:
         Refused: nobody, or no reason, is named.
     """
     if not who.strip() or not why.strip():
         raise Refused("an order is recorded with who gave it and why")
-    return {**_where(state, clock), "event": what, "by": who, "why": why}
+    return {**_where(state, clock), "event": what, "by": who, "why": why, **({"evidence": _rows(tests)} if tests else {})}
+
+
+def _rows(tests: Sequence[Test]) -> list[Any]:
+    """What is refuted for certain has infinite evidence, written as null."""
+    return [plain({**dataclasses.asdict(test), "harmful": test.harmful, "harmless": test.harmless}) for test in tests]
 
 
 def _where(state: Rollout, clock: float) -> Mapping[str, Any]:

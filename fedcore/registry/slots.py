@@ -77,17 +77,26 @@ class Pointer:
             held = json.loads(data)
             starts = None if held["starts"] is None else int(held["starts"])
             return cls(release(held["current"]), release(held["previous"]), int(held["highest"]), starts, dict(held["unfit"]))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise Refused(f"{where}: damaged; install anew") from None
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise Refused(
+                f"{where} is damaged, and says which release is installed: put a copy of it back, or remove it, and the agent "
+                "installs the assigned release anew"
+            ) from None
 
 
 def read_pointer(directory: Path) -> Pointer:
-    """What is installed; for the app, which needs no lock: the pointer is always whole, and its files stay while it names them."""
+    """What is installed; for the app, which needs no lock: the pointer is always whole, and its files stay while it names them.
+
+    Raises:
+        Refused: the pointer is there and is damaged, or cannot be read. It is never taken for one of nothing.
+    """
     path = directory / POINTER
     try:
         return Pointer.decode(path.read_bytes(), path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return Pointer()
+    except OSError as error:
+        raise Refused(f"{path} cannot be read ({error.strerror}); its owner must be the user of the agent") from error
 
 
 class Store:

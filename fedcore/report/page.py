@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 import fedcore
-from fedcore.config import PrivacyConfig, RunConfig, describe
+from fedcore.config import LOSSES, PrivacyConfig, RunConfig, describe
 from fedcore.errors import Refused, TryAgain
 from fedcore.report import Run, number, read_run
 from fedcore.report.cards import FP32, Card, Tile, line_of
@@ -109,6 +109,7 @@ def _subtitle(run: Run) -> str:
         "labels": f" ({data.labels_per_client})",
     }
     parts = [f"{run.config.strategy.name} on {data.dataset}", f"model {run.config.model.name}"]
+    parts += [] if run.config.training.loss == LOSSES[0] else [f"{run.config.training.loss} loss"]
     parts += [f"{clients:,} clients, {data.partition}{shape.get(data.partition, '')}"] if clients else [data.partition]
     one = run.config.asynchronous
     trained = f"cohort of {cohort.size:,}" if cohort.size else "all clients each round"
@@ -139,7 +140,8 @@ def _tiles(run: Run) -> list[Tile]:
         Tile("time", _or_dash(seconds, duration), f"{duration(seconds / run.done)} a round" if seconds and run.done else "")
     )
     if "engine" in result:
-        tiles.append(Tile("engine", str(result["engine"]), str(result.get("engine_reason", ""))))
+        told = "; ".join(str(result[key]) for key in ("engine_reason", "place") if key in result)
+        tiles.append(Tile("engine", str(result["engine"]), told))
     return tiles + fleet_tiles(run) + _model_tile(result) + privacy_tiles(run)
 
 
@@ -185,11 +187,12 @@ def _learning(run: Run) -> list[Card]:
     loss = [line_of(run, ("train_loss",), "training, mean of clients", _TRAINING, short), *_curves(run, "loss", short)]
     loss += [line_of(run, ("federated", "loss"), "federated", _CLIENTS, short)]
     norm = [line_of(run, ("update_norm",), "aggregated update", _TRAINING, short)]
-    for title, lines in (("Loss", loss), ("Update norm", norm)):
+    told = {"cross_entropy": "", "squared": "The squared error to one-hot targets, mean over classes."}[run.config.training.loss]
+    for title, lines, note in (("Loss", loss, told), ("Update norm", norm, "")):
         drawn = [one for one in lines if one.points]
         if drawn:
             y = axis([py for one in drawn for _, py in one.points], title.lower(), short, zero=True)
-            cards.append(Card(title, line_chart(x, y, drawn, (), falling if title == "Loss" else ())))
+            cards.append(Card(title, line_chart(x, y, drawn, (), falling if title == "Loss" else ()), note))
     return cards
 
 

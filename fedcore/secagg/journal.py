@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 
 __all__ = ["FileJournal", "Journal", "MemoryJournal"]
@@ -102,7 +103,7 @@ class FileJournal:
                 os.fsync(handle)
             old = os.open(path, os.O_RDWR) if path.exists() else None
             unfinished.replace(path)
-            self._sync()
+            durable.sync(self._directory)
         except OSError as error:
             unfinished.unlink(missing_ok=True)
             raise TryAgain(f"{self._directory}: the journal cannot be written ({error.strerror})") from error
@@ -119,15 +120,8 @@ class FileJournal:
         except FileNotFoundError:
             return
         path.unlink()  # first: what is half overwritten must not be found again
-        self._sync()
+        durable.sync(self._directory)
         _overwrite(handle)
-
-    def _sync(self) -> None:
-        handle = os.open(self._directory, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _overwrite(handle: int) -> None:

@@ -26,7 +26,7 @@ __all__ = ["LARGEST_LOSS", "ScoreSum", "Scores", "Summation", "UpdateSum", "head
 Doubles = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.uint32]
 LARGEST_LOSS = 16.0
-"""A mean loss in nats is clipped to this before it is added up."""
+"""A mean loss, in nats or of squared errors, is clipped to this before it is added up."""
 _LEAST, _FEWEST = 16, 8  # bits of an update's coordinate: what an automatic width leaves, and what any must
 _BINS = 20  # of the histogram of clients' accuracies
 
@@ -207,7 +207,7 @@ class ScoreSum(_Table):
 
     @property
     def granularity(self) -> float:
-        """The step to which a client's summed loss is rounded, in nats."""
+        """The step to which a client's summed loss is rounded."""
         # One step a client is left free, so that rounding never carries the largest sum around.
         return self.cohort * self.weight_cap * LARGEST_LOSS / ((1 << (self.bits - 1)) - self.cohort)
 

@@ -37,7 +37,8 @@ class Device:
     gateways' clock.
 
     ``counter`` (below 2^53) is the highest number of any of its requests, seen first at ``counted``. ``told`` is what it last
-    said of itself (JSON). ``participations``: by task how many of its uploads were counted, and the last such round's number.
+    said of itself (JSON), ``labels`` what the operator calls it. ``participations``: by task how many of its uploads were counted,
+    and the last such round's number.
     """
 
     id: int
@@ -52,6 +53,7 @@ class Device:
     counted: float = 0.0
     told: str = ""
     participations: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ class GatewayStore(Protocol):
         ...
 
     def register(self, device: Device) -> Device:
-        """Add a device, or give one of this id and key the new end of its certificate; the device as it is now.
+        """Add a device, or give one of this id and key the new end of its certificate and its labels; the device as it is now.
 
         Raises:
             Refused: the id belongs to another key.
@@ -156,6 +158,10 @@ class GatewayStore(Protocol):
     def judge(self, device: int, standing: Standing, reason: str) -> None:
         """Change what a device may do, from its next request on. A revoked one stays revoked, unless it is forgotten, which
         erases what is known of it."""
+        ...
+
+    def label(self, device: int, labels: Sequence[str]) -> None:
+        """Give a known device these labels."""
         ...
 
     def admit(self, requests: Sequence[Admission], now: float) -> list[Verdict]:

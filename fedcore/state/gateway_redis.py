@@ -42,7 +42,7 @@ local id, algorithm, key, not_after = ARGV[1], ARGV[2], ARGV[3], ARGV[4]
 if redis.call('EXISTS', KEYS[1]) == 0 then
   redis.call('HSET', KEYS[1], 'id', id, 'algorithm', algorithm, 'public_key', key, 'not_after', not_after, 'enrolled', ARGV[5],
              'standing', ARGV[6], 'reason', ARGV[7], 'last_seen', ARGV[8], 'counter', ARGV[9], 'counted', ARGV[10],
-             'told', ARGV[11])
+             'told', ARGV[11], 'labels', ARGV[12])
   redis.call('SADD', KEYS[2], id)
   return 1
 end
@@ -50,6 +50,7 @@ if redis.call('HGET', KEYS[1], 'algorithm') ~= algorithm or redis.call('HGET', K
 if tonumber(redis.call('HGET', KEYS[1], 'not_after')) < tonumber(not_after) then
   redis.call('HSET', KEYS[1], 'not_after', not_after)
 end
+redis.call('HSET', KEYS[1], 'labels', ARGV[12])
 return 1
 """
 _JUDGE = """
@@ -58,7 +59,7 @@ if not standing then return 0 end
 if (standing == 'revoked' or standing == 'forgotten') and ARGV[1] ~= 'forgotten' then return 0 end
 redis.call('HSET', KEYS[1], 'standing', ARGV[1], 'reason', ARGV[2])
 if ARGV[1] == 'forgotten' then
-  redis.call('HSET', KEYS[1], 'told', '', 'last_seen', '0', 'enrolled', '0')
+  redis.call('HSET', KEYS[1], 'told', '', 'labels', '[]', 'last_seen', '0', 'enrolled', '0')
   redis.call('DEL', KEYS[2], KEYS[3])
 end
 return 1
@@ -66,7 +67,7 @@ return 1
 # What a device was before, and 'ok' or why not. The order of fields is _FIELDS.
 _ADMIT = """
 local row = redis.call('HMGET', KEYS[1], 'id', 'algorithm', 'public_key', 'not_after', 'enrolled', 'standing', 'reason',
-                       'last_seen', 'counter', 'counted', 'told')
+                       'last_seen', 'counter', 'counted', 'told', 'labels')
 if not row[1] then return {'unknown'} end
 local taken = redis.call('HGETALL', KEYS[3])
 if row[6] ~= 'active' then return {row[6], row, taken} end
@@ -82,6 +83,11 @@ redis.call('SET', KEYS[2], ARGV[2], 'EX', math.ceil(tonumber(ARGV[5])))
 redis.call('HSET', KEYS[1], 'counter', ARGV[1], 'counted', ARGV[4], 'last_seen', ARGV[4])
 if ARGV[3] ~= '' then redis.call('HSET', KEYS[1], 'told', ARGV[3]) end
 return {'ok', row, taken}
+"""
+_LABEL = """
+if redis.call('EXISTS', KEYS[1]) == 0 then return 0 end
+redis.call('HSET', KEYS[1], 'labels', ARGV[1])
+return 1
 """
 _ADVANCE = """
 local there = redis.call('HMGET', KEYS[1], 'version', 'state')
@@ -129,6 +135,7 @@ return {'counted'}
 """
 _FIELDS = (
     "id", "algorithm", "public_key", "not_after", "enrolled", "standing", "reason", "last_seen", "counter", "counted", "told",
+    "labels",
 )  # fmt: skip
 _KEPT = ("notes", "contributions", "partials")
 
@@ -148,8 +155,8 @@ class RedisGatewayStore:
                 raise Refused(f"{self._shown}: is not a Redis URL that can be used") from None
             try:
                 self._check_durability()
-                names = ("register", "judge", "admit", "advance", "note", "accept")
-                texts = (_REGISTER, _JUDGE, _ADMIT, _ADVANCE, _NOTE, _ACCEPT)
+                names = ("register", "judge", "label", "admit", "advance", "note", "accept")
+                texts = (_REGISTER, _JUDGE, _LABEL, _ADMIT, _ADVANCE, _NOTE, _ACCEPT)
                 self._scripts = {name: self._redis.register_script(text) for name, text in zip(names, texts, strict=True)}
                 self.releases = RedisReleases(self._redis, self._prefix, self._clear_errors)
             except BaseException:
@@ -158,7 +165,7 @@ class RedisGatewayStore:
 
     def register(self, device: Device) -> Device:
         """See `GatewayStore`."""
-        values = [getattr(device, name) for name in _FIELDS]
+        values = ({name: getattr(device, name) for name in _FIELDS} | {"labels": json.dumps(device.labels)}).values()
         with self._clear_errors():
             if not self._run("register", [self._device_key(device.id), self._key("devices")], [_number(one) for one in values]):
                 raise Refused(f"device {device.id:016x} is another key's id")
@@ -192,6 +199,11 @@ class RedisGatewayStore:
                 for kind in self._redis.smembers(self._key("kinds", key.decode())):
                     self._redis.hdel(self._key("notes", key.decode(), kind.decode()), device)
             self.releases.forget(device)
+
+    def label(self, device: int, labels: Sequence[str]) -> None:
+        """See `GatewayStore`."""
+        with self._clear_errors():
+            self._run("label", [self._device_key(device)], [json.dumps(labels)])
 
     def admit(self, requests: Sequence[Admission], now: float) -> list[Verdict]:
         """See `GatewayStore`. One script a request, sent together: each is decided, and kept, on its own."""
@@ -359,7 +371,7 @@ def _read_device(row: Sequence[bytes | None], taken: dict[bytes, bytes]) -> Devi
     device = Device(
         int(found["id"]), int(found["algorithm"]), found["public_key"], int(found["not_after"]), float(found["enrolled"]),
         Standing(texts["standing"]), texts["reason"], float(found["last_seen"]), int(found["counter"]), float(found["counted"]),
-        texts["told"],
+        texts["told"], labels=tuple(json.loads(found["labels"] or "[]")),
     )  # fmt: skip
     return replace(device, participations={t: (int(taken[f"times {t}".encode()]), int(taken[f"last {t}".encode()])) for t in tasks})
 

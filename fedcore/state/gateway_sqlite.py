@@ -6,6 +6,7 @@ Every change is one transaction that is on the disk before the method returns (w
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import time
@@ -37,7 +38,7 @@ _APPLICATION = 0x46434731  # "FCG1"
 _SCHEMA = (
     """CREATE TABLE devices (id INTEGER PRIMARY KEY, algorithm INTEGER NOT NULL, public_key BLOB NOT NULL,
        not_after INTEGER NOT NULL, enrolled REAL NOT NULL, standing TEXT NOT NULL, reason TEXT NOT NULL, last_seen REAL NOT NULL,
-       counter INTEGER NOT NULL, counted REAL NOT NULL, told TEXT NOT NULL)""",
+       counter INTEGER NOT NULL, counted REAL NOT NULL, told TEXT NOT NULL, labels TEXT NOT NULL DEFAULT '[]')""",
     """CREATE TABLE participations (device INTEGER NOT NULL, task TEXT NOT NULL, times INTEGER NOT NULL, last INTEGER NOT NULL,
        PRIMARY KEY (device, task)) WITHOUT ROWID""",
     """CREATE TABLE requests (device INTEGER NOT NULL, counter INTEGER NOT NULL, nonce BLOB NOT NULL, time REAL NOT NULL,
@@ -54,6 +55,7 @@ _SCHEMA = (
 )
 _COLUMNS = (
     "id", "algorithm", "public_key", "not_after", "enrolled", "standing", "reason", "last_seen", "counter", "counted", "told",
+    "labels",
 )  # fmt: skip
 _SELECT = f"SELECT {', '.join(_COLUMNS)} FROM devices"  # noqa: S608 - constants
 _INSERT = f"INSERT INTO devices VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
@@ -81,14 +83,15 @@ class SqliteGatewayStore:
         with self._clear_errors(), transaction(self._db):
             known = self._device(device.id)
             if known is None:
-                values = [getattr(device, name) for name in _COLUMNS]
-                self._db.execute(_INSERT, values)
+                values = {name: getattr(device, name) for name in _COLUMNS} | {"labels": json.dumps(device.labels)}
+                self._db.execute(_INSERT, list(values.values()))
                 return replace(device, participations={})
             if (known.algorithm, known.public_key) != (device.algorithm, device.public_key):
                 raise Refused(f"device {device.id:016x} is another key's id")
             until = max(known.not_after, device.not_after)
-            self._db.execute("UPDATE devices SET not_after = ? WHERE id = ?", (until, device.id))
-            return replace(known, not_after=until)
+            row = (until, json.dumps(device.labels), device.id)
+            self._db.execute("UPDATE devices SET not_after = ?, labels = ? WHERE id = ?", row)
+            return replace(known, not_after=until, labels=device.labels)
 
     def device(self, device: int) -> Device | None:
         """See `GatewayStore`."""
@@ -108,6 +111,11 @@ class SqliteGatewayStore:
         """See `GatewayStore`."""
         with self._clear_errors(), transaction(self._db):
             self._judge(device, standing, reason)
+
+    def label(self, device: int, labels: Sequence[str]) -> None:
+        """See `GatewayStore`."""
+        with self._clear_errors(), transaction(self._db):
+            self._db.execute("UPDATE devices SET labels = ? WHERE id = ?", (json.dumps(labels), device))
 
     def admit(self, requests: Sequence[Admission], now: float) -> list[Verdict]:
         """See `GatewayStore`."""
@@ -225,7 +233,7 @@ class SqliteGatewayStore:
         update = "UPDATE devices SET standing = ?, reason = ? WHERE id = ? AND standing NOT IN (?, ?)"
         self._db.execute(update, (standing, reason, device, *final))
         if standing is Standing.FORGOTTEN:
-            self._db.execute("UPDATE devices SET told = '', last_seen = 0, enrolled = 0 WHERE id = ?", (device,))
+            self._db.execute("UPDATE devices SET told = '', labels = '[]', last_seen = 0, enrolled = 0 WHERE id = ?", (device,))
             self._db.execute("DELETE FROM participations WHERE device = ?", (device,))
             self._db.execute("DELETE FROM notes WHERE device = ?", (device,))
             self.releases.forget(device)
@@ -251,6 +259,9 @@ class SqliteGatewayStore:
                     self._db.execute(statement)
         if self._id() != _APPLICATION:
             raise Refused(f"{self._path}: is not a gateway's store")
+        with transaction(self._db):  # stores of before have no labels
+            if "labels" not in {row[1] for row in self._db.execute("PRAGMA table_info(devices)")}:
+                self._db.execute("ALTER TABLE devices ADD COLUMN labels TEXT NOT NULL DEFAULT '[]'")
 
     def _id(self) -> int:
         return int(self._db.execute("PRAGMA application_id").fetchone()[0])
@@ -269,4 +280,5 @@ class SqliteGatewayStore:
 
 def _read_device(row: Sequence[Any], participations: dict[str, tuple[int, int]]) -> Device:
     values = dict(zip(_COLUMNS, row, strict=True))
-    return Device(**(values | {"standing": Standing(values["standing"])}), participations=participations)
+    values |= {"standing": Standing(values["standing"]), "labels": tuple(json.loads(values["labels"]))}
+    return Device(**values, participations=participations)

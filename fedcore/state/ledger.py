@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 from fedcore.privacy.ledger import LedgerStore, PositionTaken
 from fedcore.state.sqlite import transaction
@@ -143,8 +144,4 @@ def _make_durable_directory(directory: Path) -> None:
     missing = [one for one in (directory.absolute(), *directory.absolute().parents) if not one.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     for one in {directory.absolute(), *(made.parent for made in missing)}:
-        handle = os.open(one, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        durable.sync(one)

@@ -49,7 +49,8 @@ class Worst:
 
 @dataclass(frozen=True)
 class Holding:
-    """What a device runs of a model; ``note`` is why it refused another release, if it did."""
+    """What a device runs of a model; ``note`` is why it refused another release, if it did. A store keeps the note of an earlier
+    visit until there is another one, or the device runs another version."""
 
     device: int
     model: str
@@ -100,6 +101,10 @@ class ReleaseStore(Protocol):
 
     def visit(self, visit: Visit) -> Outcome:
         """Keep what a device says, and let it join, in one commit."""
+        ...
+
+    def prune_rollouts(self, model: str, keep: int) -> None:
+        """Forget a model's rollouts but the last ``keep`` (at least 1), with everybody in them."""
         ...
 
     def members(self, rollout: str) -> list[Membership]:

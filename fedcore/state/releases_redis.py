@@ -38,6 +38,12 @@ _VISIT = """
 local ask = cjson.decode(ARGV[1])
 local device, prefix = ask.device, ARGV[2]
 redis.call('HSET', KEYS[1], device, ask.holding)
+local said = redis.call('HGET', KEYS[5], device)
+if ask.note ~= '' then
+  redis.call('HSET', KEYS[5], device, cjson.encode({ask.version, ask.note}))
+elseif said and cjson.decode(said)[1] ~= ask.version then
+  redis.call('HDEL', KEYS[5], device)
+end
 redis.call('SADD', KEYS[4], ask.model)
 for _, report in ipairs(ask.reports) do
   local key = prefix .. 'members:' .. report.rollout
@@ -101,9 +107,10 @@ class RedisReleases:
     def visit(self, visit: Visit) -> Outcome:
         """See `ReleaseStore`."""
         one, joining, known = visit.holding, visit.joining, visit.known or ("", 0)
-        held = json.dumps([one.version, one.tier, one.runtime, one.hardware, one.labels, repr(one.seen), one.note])
+        held = json.dumps([one.version, one.tier, one.runtime, one.hardware, one.labels, repr(one.seen), ""])
         ask = {
-            "device": str(one.device), "model": one.model, "holding": held, "now": repr(one.seen), "rollout": known[0],
+            "device": str(one.device), "model": one.model, "version": str(one.version), "note": one.note, "holding": held,
+            "now": repr(one.seen), "rollout": known[0],
             "revision": known[1], "least": str(int(1000 * one.seen)), "most": visit.most,
             "reports": [
                 {"rollout": part.rollout, "arm": part.arm, "values": [[name, repr(float(v))] for name, v in part.values.items()]}
@@ -117,10 +124,21 @@ class RedisReleases:
                 "joined": repr(joining.joined),
                 "closes": repr(joining.closes),
             }
-        keys = [self._key("holdings", one.model), self._key("current-rollouts"), self._key("sequences"), self._key("models")]
+        keys = [self._key("holdings", one.model), self._key("current-rollouts"), self._key("sequences"), self._key("models"),
+                self._key("refusals", one.model)]  # fmt: skip
         with self._clear_errors():
             current, member, sequence = self._visit(keys=keys, args=[json.dumps(ask), self._prefix])
         return Outcome(bool(current), None if member is None else _member(one.device, member), int(sequence))
+
+    def prune_rollouts(self, model: str, keep: int) -> None:
+        """See `ReleaseStore`."""
+        old = [one.name for one in self.rollouts() if one.model == model][: -max(keep, 1)]
+        if not old:
+            return
+        with self._clear_errors(), self._redis.pipeline(transaction=True) as pipeline:
+            pipeline.delete(*(self._key(kind, name) for name in old for kind in ("members", "arms")))
+            pipeline.hdel(self._key("rollouts"), *old)
+            pipeline.execute()
 
     def members(self, rollout: str) -> list[Membership]:
         """See `ReleaseStore`."""
@@ -132,7 +150,9 @@ class RedisReleases:
         """See `ReleaseStore`."""
         with self._clear_errors():
             found = self._redis.hgetall(self._key("holdings", model))
-        return sorted((_holding(int(device), model, json.loads(row)) for device, row in found.items()), key=lambda one: one.device)
+            notes = {device: json.loads(row)[1] for device, row in self._redis.hgetall(self._key("refusals", model)).items()}
+        rows = [_holding(int(device), model, json.loads(row), notes.get(device, "")) for device, row in found.items()]
+        return sorted(rows, key=lambda one: one.device)
 
     def forget(self, device: int) -> None:
         """Erase a device, within the caller's handling of errors."""
@@ -140,6 +160,7 @@ class RedisReleases:
             self._redis.hdel(self._key("members", name.decode()), device)
         for model in self._redis.smembers(self._key("models")):
             self._redis.hdel(self._key("holdings", model.decode()), device)
+            self._redis.hdel(self._key("refusals", model.decode()), device)
         self._redis.hdel(self._key("sequences"), device)
 
     def _key(self, *parts: str) -> str:
@@ -155,6 +176,6 @@ def _member(device: int, row: bytes) -> Membership:
     return replace(member, values={name: float(value) for name, value in sorted(dict(values).items())})
 
 
-def _holding(device: int, model: str, row: Sequence[Any]) -> Holding:
-    version, tier, runtime, hardware, labels, seen, note = row
-    return Holding(device, model, version, tier, runtime, hardware, tuple(labels), float(seen), note)
+def _holding(device: int, model: str, row: Sequence[Any], note: str) -> Holding:
+    version, tier, runtime, hardware, labels, seen, before = row  # a note stood in the row itself once
+    return Holding(device, model, version, tier, runtime, hardware, tuple(labels), float(seen), note or before)

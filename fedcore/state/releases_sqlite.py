@@ -28,6 +28,10 @@ _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS sequences (device INTEGER PRIMARY KEY, last INTEGER NOT NULL)",
 )
 _CURRENT = "SELECT name, revision FROM rollouts WHERE model = ? ORDER BY number DESC LIMIT 1"
+_HOLD = """INSERT INTO holdings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET
+    note = CASE WHEN excluded.note = '' AND excluded.version = version THEN note ELSE excluded.note END,
+    version = excluded.version, tier = excluded.tier, runtime = excluded.runtime, hardware = excluded.hardware,
+    labels = excluded.labels, seen = excluded.seen"""
 _MEMBER = "SELECT device, arm, hardware, joined, closes, reported FROM members WHERE rollout = ?"
 
 
@@ -76,7 +80,7 @@ class SqliteReleases:
                 one.seen,
                 one.note,
             )
-            self._db.execute("INSERT OR REPLACE INTO holdings VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", held)
+            self._db.execute(_HOLD, held)
             for report in visit.reports:
                 self._report(one.device, report, one.seen)
             row = self._db.execute(_CURRENT, (one.model,)).fetchone()
@@ -85,6 +89,15 @@ class SqliteReleases:
             if current and visit.known is not None:
                 member = self._joined(visit.known[0], visit)
             return Outcome(current, member, self._sequence(one.device, int(1000 * one.seen)))
+
+    def prune_rollouts(self, model: str, keep: int) -> None:
+        """See `ReleaseStore`."""
+        query = "SELECT name FROM rollouts WHERE model = ? ORDER BY number DESC LIMIT -1 OFFSET ?"
+        with self._clear_errors(), transaction(self._db):
+            old = self._db.execute(query, (model, max(keep, 1))).fetchall()
+            for table in ("members", "arms"):
+                self._db.executemany(f"DELETE FROM {table} WHERE rollout = ?", old)  # noqa: S608 - a constant
+            self._db.executemany("DELETE FROM rollouts WHERE name = ?", old)
 
     def members(self, rollout: str) -> list[Membership]:
         """See `ReleaseStore`."""

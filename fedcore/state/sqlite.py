@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import sqlite3
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 import numpy.typing as npt
 import safetensors.numpy
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 
 __all__ = ["Checkpoint", "RunStore", "transaction"]
@@ -78,7 +78,7 @@ class RunStore:
         with _clear_errors(self._directory):
             data = safetensors.numpy.save(checkpoint.arrays)
             name = f"round-{checkpoint.round_number:06d}.safetensors"
-            _write_durably(self._blobs / name, data)
+            durable.write(self._blobs / name, data)
             facts = json.dumps(checkpoint.facts, sort_keys=True)
             with transaction(self._db):
                 self._db.execute(
@@ -156,17 +156,3 @@ def _clear_errors(directory: Path) -> Iterator[None]:
         raise TryAgain(
             f"{directory}: cannot be written ({error.strerror}); the last commit is intact, free space and use --resume"
         ) from error
-
-
-def _write_durably(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

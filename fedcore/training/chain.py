@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedcore.quantization.layers import FakeQuantize, QuantLayer, fake_quantize_weight
+from fedcore.training.loss import summed_with_errors
 from fedcore.training.rules import RULES, Part, PerExample, Rule, column_order, columns, gradient_of, padded, product_parts
 
 __all__ = ["ChainGradients", "why_not_chain"]
@@ -33,8 +34,8 @@ class ChainGradients:
         RuntimeError: a layer gave another number of rows than there are examples.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, loss: str = "cross_entropy") -> None:
+        self.model, self.loss = model, loss
         self._links: list[_Link] = []
 
     def __enter__(self) -> ChainGradients:
@@ -46,14 +47,12 @@ class ChainGradients:
 
     @torch.no_grad()
     def __call__(self, x: Tensor, y: Tensor) -> PerExample:
-        """Per-example gradients of the cross-entropy of x [n, ...], y [n]."""
+        """Per-example gradients of the loss of x [n, ...], y [n]."""
         for link in self._links:
             x = link.forward(x)
             if len(x) != len(y):
                 raise RuntimeError(f"a layer gave {len(x)} rows for {len(y)} examples")
-        logarithms = x.log_softmax(1)
-        loss = F.nll_loss(logarithms, y, reduction="sum")
-        errors = logarithms.exp_().sub_(F.one_hot(y, x.shape[1]))
+        loss, errors = summed_with_errors(x, y, self.loss)
         parts: list[Part] = []
         first = next(i for i, link in enumerate(self._links) if link.trained)
         for i in range(len(self._links) - 1, first - 1, -1):

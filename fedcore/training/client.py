@@ -16,8 +16,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from fedcore.config import LOSSES
 from fedcore.data import FederatedData
 from fedcore.errors import Refused
+from fedcore.native.build import BuildFailed
 from fedcore.native.cohort import Board, Cohort
 from fedcore.native.trainer import NativeTrainer, Worker
 from fedcore.privacy.randomness import RandomBytes, RootKey, keystream
@@ -27,15 +29,18 @@ from fedcore.quantization.wire import ActivationRange, Update, decode_update, en
 from fedcore.secagg.sums import ScoreSum, Summation, sum_from_table
 from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.evaluation import Score, evaluate, load_flat
-from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, LocalResult, client_rng
+from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, LocalResult, client_rng, keyed_rng
 
-__all__ = ["AFTERWARDS", "CHECK_IN", "DATA_ORDER", "SCORE_BYTES", "WORK", "ClientReply", "Clients", "RoundTask", "why_unusable"]
+__all__ = [
+    "AFTERWARDS", "CHECK_IN", "DATA_ORDER", "SCORE_BYTES", "WORK", "AddedUp", "ClientReply", "Clients", "RoundTask", "why_unusable",
+]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
 SCORE_BYTES = 24  # a client's evaluation: examples and correct predictions as uint64, loss as float64
 DATA_ORDER, _ROUNDING, _VANISHING = 1, 2, 3  # purposes of a client's generators
 CHECK_IN, WORK, AFTERWARDS = "check-in", "work", "afterwards"
 _VANISHED = "vanished (cohort.dropout)"
+_OF_STEPS = ("batches", "steps")  # purposes of what DP-SGD draws
 _OF_EXAMPLES = ("example-clipping-norm", "example-noise-multiplier", "example-batches")
 _RATES = ("lr", "momentum", "weight_decay", "proximal_mu")
 
@@ -62,6 +67,7 @@ class RoundTask:
             "epochs": plan.epochs,
             "batch-size": plan.batch_size,
             **{key.replace("_", "-"): getattr(plan, key) for key in _RATES},
+            **({} if plan.loss == LOSSES[0] else {"loss": plan.loss}),
             **private,
             **(self.release.to_table() if self.release else {}),
             "server-round": self.round_number,
@@ -98,6 +104,7 @@ class RoundTask:
                 epochs=_positive(table, "epochs"),
                 batch_size=_positive(table, "batch-size"),
                 dp=dp,
+                loss=_loss(table),
                 **{key: _number(table, key.replace("_", "-")) for key in _RATES},
             )
             columns = (table["activation-names"], table["activation-scales"], table["activation-zero-points"])
@@ -128,6 +135,18 @@ class ClientReply:
     contribution: Contribution | None = None
 
 
+@dataclass(frozen=True)
+class AddedUp:
+    """What became of clients that the engine added up: of those in the sum [n] the examples and mean losses, and how many bytes
+    their updates would be; the replies of the ``others``, with the reasons why they are not in it."""
+
+    clients: tuple[int, ...]
+    examples: npt.NDArray[np.int64]
+    losses: npt.NDArray[np.float64]
+    bytes_up: int
+    others: tuple[ClientReply, ...]
+
+
 class Clients:
     """The work of clients that hold ``data``; owns one model, on the engine's device.
 
@@ -141,10 +160,12 @@ class Clients:
     ) -> None:  # fmt: skip
         self.model = model.to(engine.device)
         self.trainer = make_trainer(engine, self.model)
+        self.engine = engine
         self.device = torch.device(engine.device)
         self.data, self.seed, self.encoding, self.real = data, seed, encoding, real
-        self._root = root or RootKey.of_seed(seed)
-        self._dropout = dropout
+        self.root = root or RootKey.of_seed(seed)
+        self.dropout = dropout
+        self._sizes = np.array([len(one) for one in data.clients], np.int64)
         self._ranges: Mapping[str, ActivationRange] = {}
 
     def train(self, start: Tensor, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
@@ -152,18 +173,21 @@ class Clients:
 
         A client whose training raises, or whose update `why_unusable` refuses, gives a reply with a reason; so does one with fewer
         batches than a round of DP-SGD is charged for, which does not train.
+
+        Raises:
+            BuildFailed: this machine cannot compile or load the trainer, which is no client's fault.
         """
         self._freeze(task.ranges)
         start = start.to(self.device)
-        gone = [client for client in clients if not self.arrives(client, task.round_number)]
-        yield from (ClientReply(client, 0, math.nan, None, _VANISHED, 0) for client in gone)
-        refusing = {client: reason for client in clients if client not in gone and (reason := self._refuses(client, task.plan))}
-        yield from (self._failed(client, reason, task, telling=False) for client, reason in refusing.items())
-        clients = [client for client in clients if client not in gone and client not in refusing]
+        absent = {reply.client: reply for reply in self._absent(clients, task)}
+        yield from absent.values()
+        clients = [client for client in clients if client not in absent]
         for first in range(0, len(clients), self.trainer.chunk):
             group = clients[first : first + self.trainer.chunk]
             try:
                 results = list(self.trainer.train(start, [self._examples(client, task) for client in group], task.plan))
+            except BuildFailed:
+                raise
             except Exception as error:  # noqa: BLE001 - a user's model may raise anything; the other clients go on
                 if len(group) > 1:  # one of them failed, and costs nobody else its part
                     yield from (reply for client in group for reply in self.train(start, [client], task))
@@ -173,35 +197,64 @@ class Clients:
             yield from (self._reply(result, task) for result in results)
 
     def adds_up(self, task: RoundTask) -> bool:
-        """Whether the engine trains whole cohorts: then `add_up` and `added` give what `train` and a sum would."""
-        return isinstance(self.trainer, NativeTrainer) and self.encoding == "float32" and not task.private
+        """Whether the engine trains whole cohorts: then `add_up` and `added` give what `train` and a sum would. Noise that is to
+        protect somebody is drawn client by client."""
+        able = isinstance(self.trainer, NativeTrainer) and self.encoding == "float32" and task.release is None
+        return able and (task.plan.dp is None or self._open)
 
-    def add_up(self, start: Tensor, clients: Sequence[int], task: RoundTask, board: Board) -> None:
-        """Help to train ``clients``; all processes that share ``board`` call this with the same arguments."""
+    def board(self, clients: int, workers: int) -> Board:
+        """What so many ``workers`` share for a round of at most ``clients``."""
+        size = sum(parameter.numel() for parameter in self.model.parameters() if parameter.requires_grad)
+        trainer, shape = self.trainer, self.data.dataset.train.shape
+        return Board(clients, size, trainer.blob(shape) if isinstance(trainer, NativeTrainer) else 0, workers)
+
+    def add_up(
+        self, start: Tensor, clients: Sequence[int], task: RoundTask, board: Board, *, one_unit: bool = False
+    ) -> None:  # fmt: skip
+        """Help to train ``clients``; all processes that share ``board`` call this with the same arguments. With ``one_unit`` they
+        are one of a round's units and not the round."""
         self._freeze(task.ranges)
-        train, clients = self.data.dataset.train, self._arriving(clients, task)
+        train, clients = self.data.dataset.train, self.arriving(clients, task)
         rows = [self.data.clients[client] for client in clients]
-        cohort = Cohort(clients, rows, self.seed, task.round_number, DATA_ORDER, task.max_update_norm)
-        cohort.train(self._native(), start, train, task.plan, board)
+        batches, steps = (self.root.derive(purpose, task.round_number) for purpose in _OF_STEPS)
+        keys = (batches, steps) if task.plan.dp and self._open else None
+        cohort = Cohort(clients, rows, self.seed, task.round_number, DATA_ORDER, task.max_update_norm, keys)
+        cohort.train(self._native(task), start, train, task.plan, board, one_unit=one_unit)
 
-    def added(self, clients: Sequence[int], task: RoundTask, board: Board) -> Iterator[ClientReply]:
-        """What became of the clients that `add_up` trained; their updates are in the board's total."""
-        arriving = self._arriving(clients, task)
-        here = set(arriving)
-        yield from (ClientReply(client, 0, math.nan, None, _VANISHED, 0) for client in clients if client not in here)
-        length = update_length(len(board.total), self.encoding)
-        for client, norm, loss in zip(arriving, board.norms.tolist(), board.losses.tolist(), strict=False):
+    def added(self, clients: Sequence[int], task: RoundTask, board: Board) -> AddedUp:
+        """What became of the clients that `add_up` trained."""
+        others = list(self._absent(clients, task))
+        absent = {reply.client for reply in others}
+        trained = np.array([client for client in clients if client not in absent], np.int64)
+        norms, losses = board.norms[: len(trained)], board.losses[: len(trained)]
+        good = (norms >= 0) & (norms <= task.max_update_norm) & np.isfinite(losses)
+        for position in np.flatnonzero(~good).tolist():
+            client, norm, loss = int(trained[position]), float(norms[position]), float(losses[position])
             reason = why_unusable(norm, loss, task.max_update_norm)
             if norm < 0:
-                reason = f"training failed: Refused: {self._native().no_class(client)}"
-            yield ClientReply(client, len(self.data.clients[client]), loss, None, reason, 0 if reason else length)
+                reason = f"training failed: Refused: {self._native(task).no_class(client)}"
+            others.append(self._failed(client, reason, task))
+        trained, losses = trained[good], losses[good]
+        length = update_length(len(board.total), self.encoding)
+        return AddedUp(tuple(trained.tolist()), self._sizes[trained], losses, len(trained) * length, tuple(others))
 
-    def _arriving(self, clients: Sequence[int], task: RoundTask) -> list[int]:
-        return [client for client in clients if self.arrives(client, task.round_number)]
+    def arriving(self, clients: Sequence[int], task: RoundTask) -> list[int]:
+        """Those of ``clients`` that train in a round and whose work arrives."""
+        absent = {reply.client for reply in self._absent(clients, task)}
+        return [client for client in clients if client not in absent]
 
-    def _native(self) -> Worker:
+    def _absent(self, clients: Sequence[int], task: RoundTask) -> Iterator[ClientReply]:
+        """The replies of clients that vanish, then of those that must not train."""
+        if not self.dropout and task.plan.dp is None:
+            return
+        gone = {client: None for client in clients if not self.arrives(client, task.round_number)}
+        yield from (ClientReply(client, 0, math.nan, None, _VANISHED, 0) for client in gone)
+        refusing = {client: reason for client in clients if client not in gone and (reason := self._refuses(client, task.plan))}
+        yield from (self._failed(client, reason, task, telling=False) for client, reason in refusing.items())
+
+    def _native(self, task: RoundTask) -> Worker:
         assert isinstance(self.trainer, NativeTrainer)
-        return self.trainer.worker(self.data.dataset.train.shape)
+        return self.trainer.worker_for(self.data.dataset.train.shape, task.plan)
 
     def _refuses(self, client: int, plan: LocalPlan) -> str:
         return plan.dp.why_not(len(self.data.clients[client]), plan.batch_size) if plan.dp else ""
@@ -214,16 +267,16 @@ class Clients:
         for client in clients:
             examples = self.data.dataset.train.take(self.data.holdout[client])
             try:
-                yield client, evaluate(self.model, self._tensor(examples.x), self._tensor(examples.y)), ""
+                yield client, evaluate(self.model, self._tensor(examples.x), self._tensor(examples.y), task.plan.loss), ""
             except Exception as error:  # noqa: BLE001 - a user's model may raise anything; the other clients go on
                 yield client, Score(0, 0, 0.0), f"evaluation failed: {_first_line(error)}"
 
     def vanishes(self, client: int, round_number: int) -> str:
         """The step of a round at which a simulated client is lost: `CHECK_IN`, `WORK` or `AFTERWARDS`; empty if it stays."""
-        if not self._dropout:
+        if not self.dropout:
             return ""
         rng = client_rng(self.seed, round_number, client, _VANISHING)
-        return str(rng.choice((CHECK_IN, WORK, AFTERWARDS))) if rng.random() < self._dropout else ""
+        return str(rng.choice((CHECK_IN, WORK, AFTERWARDS))) if rng.random() < self.dropout else ""
 
     def arrives(self, client: int, round_number: int) -> bool:
         """Whether what the client sends in a round arrives."""
@@ -239,8 +292,12 @@ class Clients:
         x, y = self._tensor(examples.x), self._tensor(examples.y)
         if task.plan.dp is None:
             return ClientData(client, x, y, client_rng(self.seed, task.round_number, client, DATA_ORDER))
-        coins, noise = (self._generator(purpose, client, task) for purpose in ("batches", "steps"))
-        return ClientData(client, x, y, coins, noise)
+        coins, noise = (self._generator(purpose, client, task) for purpose in _OF_STEPS)
+        return ClientData(client, x, y, coins, noise, self._open)
+
+    def coins(self, client: int, task: RoundTask) -> np.random.Generator:
+        """What a client's Poisson batches of a round are drawn with."""
+        return self._generator(_OF_STEPS[0], client, task)
 
     def noise(self, task: RoundTask) -> RandomBytes:
         """Where the noise comes from that a trusted coordinator adds to the sum of a round."""
@@ -248,9 +305,16 @@ class Clients:
 
     def _random(self, purpose: str, client: int, task: RoundTask) -> RandomBytes:
         """What protects a client: of the operating system, or a function of run, round, client and purpose."""
-        return os.urandom if self.real else keystream(self._root.derive(purpose, task.round_number, client))
+        return os.urandom if self.real else keystream(self.root.derive(purpose, task.round_number, client))
+
+    @property
+    def _open(self) -> bool:
+        """Whether what protects these clients is a function of a seed that the run's files show: it need not be a cipher's."""
+        return not self.real and not self.root.secret
 
     def _generator(self, purpose: str, client: int, task: RoundTask) -> np.random.Generator:
+        if self._open:
+            return keyed_rng(self.root.derive(purpose, task.round_number), client)
         return np.random.default_rng(int.from_bytes(self._random(purpose, client, task)(32), "little"))
 
     def _reply(self, result: LocalResult, task: RoundTask) -> ClientReply:
@@ -309,3 +373,11 @@ def _number(table: Mapping[str, Any], key: str) -> float:
     if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
         raise Refused(f"training configuration: {key} must be a number >= 0, the strategy set {value!r}")
     return float(value)
+
+
+def _loss(table: Mapping[str, Any]) -> str:
+    """A table without one is of the first loss, as all were before there were others."""
+    value = table.get("loss", LOSSES[0])
+    if value not in LOSSES:
+        raise Refused(f"training configuration: loss must be one of {', '.join(LOSSES)}, the strategy set {value!r}")
+    return str(value)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+
+from fedcore.training.loss import loss_of
 
 __all__ = ["Score", "evaluate", "load_flat"]
 
@@ -15,7 +16,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over ``examples`` examples: correct top-1 predictions and cross-entropy in nats."""
+    """Sums over ``examples`` examples: correct top-1 predictions and losses (`training.loss`)."""
 
     examples: int
     correct: int
@@ -28,23 +29,23 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy; nan without examples."""
+        """Mean loss; nan without examples."""
         return self.loss_sum / self.examples if self.examples else float("nan")
 
 
-def evaluate(model: nn.Module, x: Tensor, y: Tensor) -> Score:
-    """Score ``model`` in evaluation mode on x [n, ...], y [n]; its mode is restored."""
+def evaluate(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> Score:
+    """Score ``model``, whose ``loss`` is one of `config.LOSSES`, in evaluation mode on x [n, ...], y [n]; its mode is restored."""
     training = model.training
     model.eval()
-    correct, loss = 0, 0.0
+    correct, total = 0, 0.0
     with torch.no_grad():
         for first in range(0, len(y), _BATCH):
             labels = y[first : first + _BATCH]
             logits = model(x[first : first + _BATCH])
             correct += int((logits.argmax(1) == labels).sum())
-            loss += float(F.cross_entropy(logits.double(), labels, reduction="sum"))
+            total += float(loss_of(logits.double(), labels, loss, "sum"))
     model.train(training)
-    return Score(len(y), correct, loss)
+    return Score(len(y), correct, total)
 
 
 def load_flat(model: nn.Module, values: Tensor) -> None:

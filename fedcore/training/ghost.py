@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from fedcore.quantization.layers import QuantLayer
+from fedcore.training.loss import loss_of
 from fedcore.training.rules import RULES, PerExample, Rule
 
 __all__ = ["GhostGradients", "why_not_ghost"]
@@ -31,8 +31,8 @@ class GhostGradients:
         RuntimeError: a layer ran not once, or not on the batch.
     """
 
-    def __init__(self, model: nn.Module, *, channels_last: bool) -> None:
-        self.model, self.channels_last = model, channels_last
+    def __init__(self, model: nn.Module, loss: str = "cross_entropy", *, channels_last: bool) -> None:
+        self.model, self.loss, self.channels_last = model, loss, channels_last
         self.layers = {layer: name for name, layer in _trainable_layers(model)}
         self._rules: dict[nn.Module, Rule] = {}
         self._inputs: dict[nn.Module, Tensor] = {}
@@ -56,10 +56,10 @@ class GhostGradients:
             table.clear()
 
     def __call__(self, x: Tensor, y: Tensor) -> PerExample:
-        """Per-example gradients of the cross-entropy of x [n, ...], y [n]."""
+        """Per-example gradients of the loss of x [n, ...], y [n]."""
         self._inputs.clear()
         self._outputs.clear()
-        loss = F.cross_entropy(self.model(x), y, reduction="sum")
+        loss = loss_of(self.model(x), y, self.loss, "sum")
         for layer, name in self.layers.items():
             if layer not in self._outputs:
                 raise RuntimeError(f"layer {name} did not run")

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedcore.training.dpsgd import PrivateSteps
+from fedcore.training.loss import loss_of
 from fedcore.training.plan import ClientData, LocalPlan, LocalResult, batch_order, poisson_batches
 
 __all__ = ["FlatParameters", "LoopTrainer"]
@@ -81,7 +81,7 @@ class LoopTrainer:
             x, y = data.x[index], data.y[index]
             for first in range(0, len(y), plan.batch_size):
                 batch = y[first : first + plan.batch_size]
-                loss = F.cross_entropy(self.model(x[first : first + plan.batch_size]), batch)
+                loss = loss_of(self.model(x[first : first + plan.batch_size]), batch, plan.loss)
                 self.flat.gradient.zero_()
                 loss.backward()
                 yield loss.detach().cpu() * len(batch), len(batch)

@@ -17,11 +17,11 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fedcore.errors import Refused
 from fedcore.training.chain import ChainGradients, why_not_chain
 from fedcore.training.ghost import GhostGradients, why_not_ghost
+from fedcore.training.loss import loss_of
 from fedcore.training.rules import Materialised, Part, PerExample
 
 __all__ = ["GradientChoice", "OpacusGradients", "check_per_example", "choose_gradients"]
@@ -40,8 +40,8 @@ class OpacusGradients:
         Refused: a trainable parameter got no per-example gradients.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, loss: str = "cross_entropy") -> None:
+        self.model, self.loss = model, loss
         self.trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
     def __enter__(self) -> OpacusGradients:
@@ -58,9 +58,9 @@ class OpacusGradients:
                 module.__dict__.pop(leftover, None)
 
     def __call__(self, x: Tensor, y: Tensor) -> PerExample:
-        """Per-example gradients of the cross-entropy of x [n, ...], y [n]."""
+        """Per-example gradients of the loss of x [n, ...], y [n]."""
         self.hooked.set_grad_sample_to_none()
-        loss = F.cross_entropy(self.hooked(x), y, reduction="sum")
+        loss = loss_of(self.hooked(x), y, self.loss, "sum")
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Full backward hook is firing")  # the first layer's input needs no gradient
             torch.autograd.grad(loss, [p for _, p in self.trainable], allow_unused=True)
@@ -75,7 +75,7 @@ class OpacusGradients:
         return PerExample(loss.detach(), parts)
 
 
-_PATHS: dict[str, Callable[[nn.Module], AbstractContextManager[PerExampleGradients]]] = {
+_PATHS: dict[str, Callable[[nn.Module, str], AbstractContextManager[PerExampleGradients]]] = {
     "chain": ChainGradients,
     "ghost-channels-last": partial(GhostGradients, channels_last=True),
     "ghost": partial(GhostGradients, channels_last=False),
@@ -90,12 +90,12 @@ class GradientChoice:
     path: str
     reason: str
 
-    def open(self, model: nn.Module) -> AbstractContextManager[PerExampleGradients]:
-        """What takes ``model``'s per-example gradients within a ``with`` block."""
-        return _PATHS[self.path](model)
+    def open(self, model: nn.Module, loss: str = "cross_entropy") -> AbstractContextManager[PerExampleGradients]:
+        """What takes ``model``'s per-example gradients of a loss within a ``with`` block."""
+        return _PATHS[self.path](model, loss)
 
 
-def choose_gradients(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
+def choose_gradients(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> GradientChoice:
     """The fastest way that agrees with one backward pass per example of x [n, ...], y [n]; Opacus's where no other does.
 
     Ghost norms run in channels-last format where the model has a 2d convolution and its forward pass can do with it.
@@ -103,15 +103,15 @@ def choose_gradients(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
     against = why_not_ghost(model)
     if against:
         return GradientChoice("opacus", against)
-    if not why_not_chain(model) and not _fault("chain", model, x, y):
+    if not why_not_chain(model) and not _fault("chain", model, x, y, loss):
         return GradientChoice("chain", _AGREES)
-    if any(isinstance(layer, nn.Conv2d) for layer in model.modules()) and not _fault("ghost-channels-last", model, x, y):
+    if any(isinstance(layer, nn.Conv2d) for layer in model.modules()) and not _fault("ghost-channels-last", model, x, y, loss):
         return GradientChoice("ghost-channels-last", _AGREES)
-    against = _fault("ghost", model, x, y)
+    against = _fault("ghost", model, x, y, loss)
     return GradientChoice("opacus", against) if against else GradientChoice("ghost", _AGREES)
 
 
-def check_per_example(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
+def check_per_example(model: nn.Module, x: Tensor, y: Tensor, loss: str = "cross_entropy") -> GradientChoice:
     """The way to take ``model``'s per-example gradients, in the state (activation ranges, rounding) that it is in now.
 
     Compared in float64 on a copy whose parameters are moved a little, so that a layer that starts at zero hides nothing;
@@ -120,18 +120,18 @@ def check_per_example(model: nn.Module, x: Tensor, y: Tensor) -> GradientChoice:
     Raises:
         Refused: a trainable parameter gets no per-example gradient or a wrong one on either path.
     """
-    choice = choose_gradients(model, x, y)
-    if choice.path == "opacus" and (fault := _fault("opacus", model, x, y)):
+    choice = choose_gradients(model, x, y, loss)
+    if choice.path == "opacus" and (fault := _fault("opacus", model, x, y, loss)):
         also = "" if fault == choice.reason else f" ({choice.reason})"
         raise Refused(f"DP-SGD: model: {fault}{also}")
     return choice
 
 
-def _fault(path: str, model: nn.Module, x: Tensor, y: Tensor) -> str:
+def _fault(path: str, model: nn.Module, x: Tensor, y: Tensor, loss: str) -> str:
     """What is wrong with the per-example gradients of ``path``; empty when they are right."""
     try:
-        twin, x, truth, tolerance = _one_by_one(model, x, y)
-        with GradientChoice(path, "").open(twin) as gradients:
+        twin, x, truth, tolerance = _one_by_one(model, x, y, loss)
+        with GradientChoice(path, "").open(twin, loss) as gradients:
             found = gradients(x, y)
         for part, (name, rows) in zip(found.parts, truth.items(), strict=True):
             if not _agree(part, twin.get_parameter(name), rows, tolerance):
@@ -143,14 +143,16 @@ def _fault(path: str, model: nn.Module, x: Tensor, y: Tensor) -> str:
     return ""
 
 
-def _one_by_one(model: nn.Module, x: Tensor, y: Tensor) -> tuple[nn.Module, Tensor, dict[str, Tensor], float]:
+def _one_by_one(
+    model: nn.Module, x: Tensor, y: Tensor, loss: str
+) -> tuple[nn.Module, Tensor, dict[str, Tensor], float]:  # fmt: skip
     """A copy of ``model`` to compare on, its input, the true gradients [n, ...] by parameter, and the relative tolerance."""
     try:
         twin, inputs = _moved(model).double(), x.double() if x.is_floating_point() else x
-        return twin, inputs, _truth(twin, inputs, y), 1e-7
+        return twin, inputs, _truth(twin, inputs, y, loss), 1e-7
     except RuntimeError:  # a forward pass that insists on float32
         twin = _moved(model)
-        return twin, x, _truth(twin, x, y), 1e-2
+        return twin, x, _truth(twin, x, y, loss), 1e-2
 
 
 def _moved(model: nn.Module) -> nn.Module:
@@ -166,7 +168,7 @@ def _moved(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _truth(twin: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+def _truth(twin: nn.Module, x: Tensor, y: Tensor, loss: str) -> dict[str, Tensor]:
     """One backward pass per example. Leaves zeros in every trainable parameter's ``grad``."""
     with torch.no_grad():
         if not torch.equal(twin(x), twin(x)):
@@ -174,8 +176,8 @@ def _truth(twin: nn.Module, x: Tensor, y: Tensor) -> dict[str, Tensor]:
     trainable = {name: p for name, p in twin.named_parameters() if p.requires_grad}
     rows = []
     for i in range(len(y)):
-        loss = F.cross_entropy(twin(x[i : i + 1]), y[i : i + 1])
-        rows.append(torch.autograd.grad(loss, list(trainable.values()), allow_unused=True, materialize_grads=True))
+        one = loss_of(twin(x[i : i + 1]), y[i : i + 1], loss)
+        rows.append(torch.autograd.grad(one, list(trainable.values()), allow_unused=True, materialize_grads=True))
     for parameter in trainable.values():
         parameter.grad = torch.zeros_like(parameter)
     return {name: torch.stack(column) for name, column in zip(trainable, zip(*rows, strict=True), strict=True)}

@@ -11,11 +11,12 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from fedcore.config import LOSSES
 from fedcore.errors import Refused
 
 __all__ = [
-    "ClientData", "DpSgdPlan", "LocalPlan", "LocalResult", "LocalTrainer", "batch_order", "client_rng", "poisson_batches",
-    "poisson_schedule",
+    "ClientData", "DpSgdPlan", "LocalPlan", "LocalResult", "LocalTrainer", "batch_order", "client_rng", "keyed_rng",
+    "poisson_batches", "poisson_schedule",
 ]  # fmt: skip
 
 
@@ -54,11 +55,14 @@ class DpSgdPlan:
 
 @dataclass(frozen=True)
 class LocalPlan:
-    """One round's local work, the same for every client: SGD on mean cross-entropy.
+    """One round's local work, the same for every client: SGD on the mean of the ``loss`` (`training.loss`).
 
     ``proximal_mu`` weighs FedProx's term mu / 2 * ||w - w_start||^2 (Li et al. 2020, arXiv:1812.06127). Momentum and weight
     decay are those of torch.optim.SGD. With ``dp`` every step draws a Poisson batch (`poisson_schedule`) and its gradient is
     the noised sum of clipped gradients divided by ``batch_size``; the rest of the step works on that gradient as before.
+
+    Raises:
+        Refused: a loss that is not known.
     """
 
     epochs: int
@@ -68,6 +72,11 @@ class LocalPlan:
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
     dp: DpSgdPlan | None = None
+    loss: str = "cross_entropy"
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise Refused(f"training: loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,8 @@ class ClientData:
     """A client's examples, x [n, ...] and y [n], and the generator ``rng`` that orders them or tosses the Poisson coins.
 
     ``noise_rng`` keys the noise of DP-SGD. On a device both generators are seeded from the operating system's CSPRNG: whoever
-    can guess either one's state undoes the privacy of the round.
+    can guess either one's state undoes the privacy of the round. Where it is ``simulated``, as a function of a seed that the run's
+    files show, the noise comes from a generator that is quicker than a cipher and no secret.
     """
 
     client: int
@@ -83,6 +93,7 @@ class ClientData:
     y: Tensor
     rng: np.random.Generator
     noise_rng: np.random.Generator | None = None
+    simulated: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,6 +122,12 @@ class LocalTrainer(Protocol):
 def client_rng(seed: int, round_number: int, client: int, purpose: int) -> np.random.Generator:
     """The generator of one client in one round: a pure function of its arguments; ``purpose`` separates uses."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, round_number, client, purpose])))
+
+
+def keyed_rng(key: bytes, client: int) -> np.random.Generator:
+    """The generator of one client in a simulation, a function of a key derived for one purpose in one round."""
+    words = np.frombuffer(key, "<u4").tolist()
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([*words, client])))
 
 
 def batch_order(examples: int, plan: LocalPlan, rng: np.random.Generator) -> list[npt.NDArray[np.int64]]:

@@ -18,6 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 from fedcore.training.dpsgd import clipping_factors, noise_of
+from fedcore.training.loss import loss_of
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, LocalResult, batch_order, poisson_batches
 
 __all__ = ["VmapTrainer"]
@@ -72,11 +73,11 @@ class VmapTrainer:
     def _steps(self, clients: Sequence[ClientData], plan: LocalPlan) -> Iterator[Step]:
         x, y = _padded(clients)
         for index, mask in zip(*_schedule(clients, plan, x), strict=True):
-            yield partial(self._mean_gradients, x, y, index, mask)
+            yield partial(self._mean_gradients, x, y, index, mask, plan.loss)
 
-    def _mean_gradients(self, x: Tensor, y: Tensor, index: Tensor, mask: Tensor, values: Tensor) -> Gradients:
+    def _mean_gradients(self, x: Tensor, y: Tensor, index: Tensor, mask: Tensor, kind: str, values: Tensor) -> Gradients:
         who = torch.arange(len(values), device=x.device)[:, None]
-        gradient, loss = vmap(grad_and_value(self._loss))(values, x[who, index], y[who, index], mask)
+        gradient, loss = vmap(grad_and_value(partial(self._loss, kind)))(values, x[who, index], y[who, index], mask)
         count = mask.sum(1)
         return gradient, loss.detach() * count, count, (count > 0)[:, None]
 
@@ -94,11 +95,11 @@ class VmapTrainer:
                     stream.fill(row, dp.noise_multiplier * dp.clipping_norm / plan.batch_size)
             active = torch.tensor([[batch is not None] for batch in drawn], device=x.device)
             scales = (dp.clipping_norm, plan.batch_size)
-            yield partial(self._private_gradients, x, y, index, mask, noise.to(x.device), active, scales)
+            yield partial(self._private_gradients, x, y, index, mask, noise.to(x.device), active, scales, plan.loss)
 
     def _private_gradients(
         self, x: Tensor, y: Tensor, index: Tensor, mask: Tensor, noise: Tensor, active: Tensor, scales: tuple[float, int],
-        values: Tensor,
+        kind: str, values: Tensor,
     ) -> Gradients:  # fmt: skip
         """``noise`` [c, d] plus the sums of clipped gradients over the batch size; `dpsgd.add_clipped` for many clients."""
         bound, divisor = scales
@@ -106,7 +107,8 @@ class VmapTrainer:
         losses = values.new_zeros(len(values))
         width = max(1, self.budget // values.numel())
         for rows, chosen in zip(index.split(width, 1), mask.split(width, 1), strict=True) if index.shape[1] else ():
-            gradients, loss = vmap(vmap(grad_and_value(self._example_loss), (None, 0, 0)))(values, x[who, rows], y[who, rows])
+            each = vmap(vmap(grad_and_value(partial(self._example_loss, kind)), (None, 0, 0)))
+            gradients, loss = each(values, x[who, rows], y[who, rows])
             norms = torch.linalg.vector_norm(gradients, dim=2)
             chosen_finite = chosen & torch.isfinite(norms)
             factors = torch.where(chosen_finite, clipping_factors(norms, bound) / divisor, 0)
@@ -120,12 +122,12 @@ class VmapTrainer:
         parameters: Tensors = {n: part.view(s) for n, part, s in zip(self.names, parts, self.shapes, strict=True)}
         return cast("Tensor", functional_call(self.model, (parameters, self.fixed), (x,)))
 
-    def _loss(self, values: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        losses = F.cross_entropy(self._logits(values, x), y, reduction="none")
+    def _loss(self, kind: str, values: Tensor, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        losses = loss_of(self._logits(values, x), y, kind, "none")
         return torch.where(mask > 0, losses, torch.zeros_like(losses)).sum() / mask.sum().clamp(min=1)
 
-    def _example_loss(self, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(values, x[None]), y[None])
+    def _example_loss(self, kind: str, values: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return loss_of(self._logits(values, x[None]), y[None], kind)
 
 
 def _padded(clients: Sequence[ClientData]) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Deltas between the models of consecutive rounds of a real run, beside zstd --patch-from (level 19) and bsdiff on the same pairs.
 
-Every delta is applied before it is counted. `five_back` is the delta from the model five rounds before.
+Every delta is applied before it is counted. `five_back` is the delta from the model five rounds before; accuracy is that of the
+int8 model that the run ends with, on either grid that clients may receive weights on (`[wire] model`).
 
     python -m simulations.benchmarks.delta [--rounds 12] [--json]
 """
@@ -9,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import itertools
 import json
 import statistics
+import sys
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,19 @@ from fedcore.registry.delta import CODECS, apply_delta, make_delta
 SCENARIOS = Path(__file__).parents[1] / "scenarios"
 _FASHION = "niid_fashion_dirichlet.toml"
 RUNS = {
-    "digits": ("digits.toml", ["run.rounds=40"]),
+    "digits": ("digits.toml", []),
     "fashion-mnist": (_FASHION, ["training.epochs=2"]),
     "fashion-mnist, the head only": (_FASHION, ["training.epochs=2", "model.trainable=['7.*', '9.*', '11.*']"]),
 }
+GRIDS = ("int8", "int7")
+_QUIET = ("evaluation.every=0", "evaluation.federated_every=0")
 
 
-def models_of(config: RunConfig) -> Iterator[bytes]:
-    """The model that devices fetch after each round."""
+def train(config: RunConfig) -> tuple[list[bytes], float]:
+    """The model that devices fetch after each round, and the test accuracy of the int8 model at the end."""
     with tempfile.TemporaryDirectory() as folder, SimulatedRun(config, Path(folder), resume=False) as run:
-        for _ in run.rounds():
-            yield run.coordinator.received(run.coordinator.progress)[0]
+        models = [run.coordinator.received(run.coordinator.progress)[0] for _ in run.rounds()]
+        return models, run.finish()["int8_accuracy"]
 
 
 def zstd_patch(base: bytes, result: bytes) -> int:
@@ -58,18 +62,19 @@ def compare(base: bytes, result: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, grid: str, seed: int, rounds: int) -> list[dict[str, Any]]:
     """One row for each round from the second on."""
     scenario, settings = RUNS[name]
     more = [f"run.rounds={rounds}"] if rounds else []
-    config = load_config(SCENARIOS / scenario, [*settings, "evaluation.every=0", "evaluation.federated_every=0", *more])
-    models = list(models_of(config))
+    config = load_config(SCENARIOS / scenario, [*settings, *_QUIET, f"wire.model={grid}", f"run.seed={seed}", *more])
+    models, accuracy = train(config)
     rows = []
     for number in range(1, len(models)):
-        row = {"data": name, "round": number + 1, **compare(models[number - 1], models[number])}
+        row = {"data": name, "grid": grid, "seed": seed, "round": number + 1, **compare(models[number - 1], models[number])}
         if number >= 5:
             row["five_back_bytes"] = len(make_delta(models[number - 5], models[number]))
         rows.append(row)
+    rows[-1]["int8_accuracy"] = accuracy
     return rows
 
 
@@ -77,28 +82,32 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0, help="instead of the scenario's")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
     given = parser.parse_args()
     if not given.json:
-        print("| data | rounds | full | delta, median | largest | full / delta | zstd --patch-from | bsdiff | five rounds back |")
-        print("|---|---|---|---|---|---|---|---|---|")
-    for name in given.data:
-        rows = measure(name, given.rounds)
-        if given.json:
-            print("\n".join(json.dumps(row) for row in rows), flush=True)
-            continue
-        middle = {key: statistics.median(row[key] for row in rows) for key in rows[0] if key.endswith("_bytes")}
-        far = [row["five_back_bytes"] for row in rows if "five_back_bytes" in row]
-        print(
-            f"| {name} | {len(rows) + 1} | {middle['full_bytes']:.0f} | {middle['delta_bytes']:.0f} "
-            f"| {max(row['delta_bytes'] for row in rows)} | {middle['full_bytes'] / middle['delta_bytes']:.1f} "
-            f"| {middle['zstd_patch_bytes']:.0f} | {middle['bsdiff_bytes']:.0f} | {statistics.median(far) if far else '-'} |",
-            flush=True,
-        )
+        print("| data | grid | rounds | full | delta | largest | full / delta | zstd | bsdiff | five back | accuracy |")
+        print("|---|---|---|---|---|---|---|---|---|---|---|")
+    for name, grid in itertools.product(given.data, given.grids):
+        rows = measure(name, grid, given.seed, given.rounds)
+        print("\n".join(json.dumps(row) for row in rows) if given.json else summary(rows), flush=True)
         worse = [row["round"] for row in rows if row["delta_bytes"] > min(row["zstd_patch_bytes"], row["bsdiff_bytes"])]
         if worse:
-            print(f"{name}: larger than zstd or bsdiff in rounds {worse}", flush=True)
+            print(f"{name}, {grid}: larger than zstd or bsdiff in rounds {worse}", file=sys.stderr, flush=True)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """A row of the table: medians over rounds."""
+    middle = {key: statistics.median(row[key] for row in rows) for key in rows[0] if key.endswith("_bytes")}
+    far = [row["five_back_bytes"] for row in rows if "five_back_bytes" in row]
+    largest = max(row["delta_bytes"] for row in rows)
+    return (
+        f"| {rows[0]['data']} | {rows[0]['grid']} | {len(rows) + 1} | {middle['full_bytes']:.0f} | {middle['delta_bytes']:.0f} "
+        f"| {largest} | {middle['full_bytes'] / middle['delta_bytes']:.1f} | {middle['zstd_patch_bytes']:.0f} "
+        f"| {middle['bsdiff_bytes']:.0f} | {statistics.median(far) if far else '-'} | {rows[-1]['int8_accuracy']:.4f} |"
+    )
 
 
 if __name__ == "__main__":

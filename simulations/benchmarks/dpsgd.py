@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 from fedcore.training.dpsgd import GaussianNoise
+from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.local import LoopTrainer
 from fedcore.training.plan import ClientData, LocalPlan, poisson_batches
 
@@ -99,13 +100,13 @@ class LeanLoop:
         return torch.nn.utils.parameters_to_vector(self.model.parameters()).detach() - start
 
 
-def measure_private(model: nn.Module, clients: Clients, plan: LocalPlan, rounds: int) -> dict[str, Any]:
-    """Run the three loops in turn; ``max_abs_diff`` compares a client's update in float64, with equal noise."""
+def measure_private(model: nn.Module, engine: Engine, clients: Clients, plan: LocalPlan, rounds: int) -> dict[str, Any]:
+    """Run an engine and both loops in turn; ``max_abs_diff`` compares a client's update in float64, with equal noise."""
     warnings.filterwarnings("ignore", message="(Full backward hook is firing|Secure RNG turned off|Optimal order is the)")
-    difference = _difference(copy.deepcopy(model).double(), clients, plan)
-    trainer = LoopTrainer(copy.deepcopy(model))
+    difference = _difference(copy.deepcopy(model).double(), engine, clients, plan)
+    trainer = make_trainer(engine, copy.deepcopy(model))
     documented, lean = DocumentedLoop(copy.deepcopy(model)), LeanLoop(copy.deepcopy(model))
-    start = trainer.flat.values.clone()
+    start = _start(model)
     loops: dict[str, Callable[[ClientData], object]] = {
         "ours": lambda data: list(trainer.train(start, [data], plan)),
         "opacus": lambda data: documented.train(start, data, plan),
@@ -125,7 +126,8 @@ def measure_private(model: nn.Module, clients: Clients, plan: LocalPlan, rounds:
             times.append(spent[name])
     own, *others = (times[1:] for times in seconds.values())  # the first of each warms up
     found: dict[str, Any] = {
-        "gradients": trainer.private.choice.path if trainer.private.choice else "",
+        "engine": engine.name,
+        "gradients": trainer.private.choice.path if isinstance(trainer, LoopTrainer) and trainer.private.choice else "",
         "seconds_per_round": statistics.median(own),
         "clients_per_second": len(cohorts["ours"]) / statistics.median(own),
     }
@@ -135,11 +137,14 @@ def measure_private(model: nn.Module, clients: Clients, plan: LocalPlan, rounds:
     return found | {"max_abs_diff": difference}
 
 
-def _difference(model: nn.Module, clients: Clients, plan: LocalPlan) -> float:
+def _start(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
+
+
+def _difference(model: nn.Module, engine: Engine, clients: Clients, plan: LocalPlan) -> float:
     ours, theirs = (clients(0)[0] for _ in range(2))
     assert theirs.noise_rng is not None
-    trainer, opacus = LoopTrainer(copy.deepcopy(model)), LeanLoop(model)
-    start = trainer.flat.values.clone()
+    trainer, opacus, start = make_trainer(engine, copy.deepcopy(model)), LeanLoop(model), _start(model)
     double = [ClientData(c.client, c.x.double(), c.y, c.rng, c.noise_rng) for c in (ours, theirs)]
     (result,) = trainer.train(start, double[:1], plan)
     return float((result.update - opacus.train(start, double[1], plan, GaussianNoise(theirs.noise_rng))).abs().max())

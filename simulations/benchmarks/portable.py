@@ -118,7 +118,8 @@ def measure_step(model: nn.Module, step: PortableStep, private: bool) -> dict[st
     reference = torch_step(model, torch.from_numpy(x), torch.from_numpy(y), private)
     start = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).numpy()
     found = Accumulate(read_step(step.data, step.sha256), ranges=activation_ranges(model))
-    found._session = timed = TimedSession(found._session)
+    graph: Any = found._engine
+    graph._session = timed = TimedSession(graph._session)
     spent: list[float] = []
     sessions: list[float] = []
     difference = 0.0
@@ -151,7 +152,7 @@ def measure_loop(model: nn.Module, step: PortableStep, private: bool) -> dict[st
     plan = TrainingPlan(1, BATCH, 0.01, 0.9, 1e-4, 0.01, ExamplePrivacy(CLIP, 1.0) if private else None)
     task = Task(read_step(step.data, step.sha256), start, plan, ranges=activation_ranges(model))
     sessions: list[TimedSession] = []
-    opened = device_step._session
+    opened = device_step.open_session
 
     def timed(*arguments: Any) -> TimedSession:
         began = time.perf_counter()
@@ -159,7 +160,7 @@ def measure_loop(model: nn.Module, step: PortableStep, private: bool) -> dict[st
         sessions.append(TimedSession(session, time.perf_counter() - began))
         return sessions[-1]
 
-    device_step._session = timed
+    device_step.open_session = timed
     ratios: dict[str, list[float]] = {"loop_ratio": [], "checkpointed_ratio": []}
     steps: list[float] = []
     try:
@@ -174,7 +175,7 @@ def measure_loop(model: nn.Module, step: PortableStep, private: bool) -> dict[st
                     times.append(spent / sessions[-1].seconds)
                     steps += [1e3 * spent / trained.steps] if resume is None else []
     finally:
-        device_step._session = opened
+        device_step.open_session = opened
     return {"step_ms": statistics.median(steps)} | {name: statistics.median(times) for name, times in ratios.items()}
 
 

@@ -9,7 +9,6 @@ Every round trains every client for one epoch of batches of 10 and ends with a d
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import threading
 import time
@@ -18,13 +17,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fedcore.config import parse_config
 from fedcore.coordinator.assembly import Assembly
 from fedcore.coordinator.strategy import build_strategy
 from fedcore.data import Dataset, Examples, FederatedData
 from fedcore.models import ZOO, build_model
 from fedcore.training.engine import choose_engine
-from simulations.benchmarks.throughput import CLASSES, EXAMPLES, IMAGE, PLAN, coordinated
+from simulations.benchmarks.throughput import CLASSES, EXAMPLES, IMAGE, coordinated, scenario, show
 
 _LOOK = 0.5  # seconds between two looks at memory
 
@@ -83,15 +81,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object at the end")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    tables = {
-        "run": {"name": "scale", "rounds": given.rounds},
-        "data": {"clients": given.clients},
-        "model": {"name": given.model},
-        "training": {"epochs": PLAN.epochs, "batch_size": PLAN.batch_size, "lr": PLAN.lr},
-        "evaluation": {"every": 0},
-        "engine": {"name": "native"},
-    }
-    config = parse_config(tables, "benchmark", Path())
+    config = scenario(given.model, given.clients, name="native")
     data = federation(given.clients)
     model = build_model(config.model, quantized=False, input_shape=IMAGE, classes=CLASSES, seed=0, folder=config.folder)
     built = Assembly(config, data, model, choose_engine(config.engine, model, IMAGE), build_strategy(config))
@@ -115,7 +105,7 @@ def main() -> None:
         "data_bytes": data.dataset.train.raw.nbytes,
         "peak_bytes": memory.peak,
     }
-    print(json.dumps(found) if given.json else "\n".join(f"{key:24}{value}" for key, value in found.items()))
+    show(found, as_json=given.json)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ are printed, and max_abs_diff is the largest difference of a parameter after one
 
     python -m simulations.benchmarks.throughput --model cnn --qat --json
 
+With --workers ray the cluster that this machine belongs to does it, and the process pool beside it in the same run.
 With --dp the work is private (DP-SGD, clipping norm 1, noise multiplier 1) and the loop beside it Opacus's; both then run in this
 process alone, without a coordinator.
 """
@@ -14,6 +15,7 @@ process alone, without a coordinator.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import resource
@@ -22,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -63,6 +65,29 @@ def federation(clients: int, shape: tuple[int, ...] = IMAGE) -> FederatedData:
     parts = [np.arange(EXAMPLES) + EXAMPLES * (client % HOLDERS) for client in range(clients)]
     nothing = np.arange(0)
     return FederatedData(dataset, tuple(parts), (nothing,) * clients, np.arange(100) + HOLDERS * EXAMPLES)
+
+
+def scenario(model: str, clients: int, *, qat: bool = False, **engine: Any) -> RunConfig:
+    """All clients train by `PLAN` in every round, and nothing is evaluated."""
+    tables = {
+        "run": {"name": "benchmark", "rounds": 1_000_000},
+        "data": {"clients": clients},
+        "model": {"name": model},
+        "quantization": {"enabled": qat},
+        "training": {"epochs": PLAN.epochs, "batch_size": PLAN.batch_size, "lr": PLAN.lr},
+        "evaluation": {"every": 0},
+        "engine": engine,
+    }
+    return parse_config(tables, "benchmark", Path())
+
+
+def show(found: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print what was measured, on one line or on one each."""
+    if as_json:
+        print(json.dumps(found))
+        return
+    for key, value in found.items():
+        print(f"{key:24}{value:.4g}" if isinstance(value, float) else f"{key:24}{value}")
 
 
 def assembly(config: RunConfig, clients: int) -> Assembly:
@@ -151,8 +176,13 @@ class PlainLoop:
 
 
 def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
-    """Run ours and the plain loop in turn."""
-    with ours(config, clients) as coordinator:
+    """Run ours and the plain loop in turn; and, beside workers of a Ray cluster, those of a process pool."""
+    pool = [config.replace("engine", workers=0)] if config.engine.workers == "ray" else []
+    with contextlib.ExitStack() as opened:
+        processes = [opened.enter_context(ours(one, clients)).rounds() for one in pool]  # forked before Ray has threads
+        for one in processes:
+            next(one)
+        coordinator = opened.enter_context(ours(config, clients))
         progress = coordinator.rounds()
         first = coordinator.progress
         plain_assembly = assembly(config, clients)
@@ -165,7 +195,7 @@ def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
         mean_update = plain.round(start, 1)
         next(progress)
         difference = float(np.abs(coordinator.progress.master - (first.master + mean_update)).max())
-        own, raw = [], []
+        own, raw, pooled = [], [], []
         for number in range(2, rounds + 2):
             start = coordinator.received(coordinator.progress)[1]  # both train from the same parameters
             began = time.perf_counter()
@@ -174,16 +204,23 @@ def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
             began = time.perf_counter()
             plain.round(start, number)
             raw.append(time.perf_counter() - began)
+            for one in processes:
+                began = time.perf_counter()
+                next(one)
+                pooled.append(time.perf_counter() - began)
         plain.close()
         engine = coordinator.assembly.engine.name
-        progress.close()
+        for one in (progress, *processes):
+            one.close()
     seconds = statistics.median(own)
     usage = [resource.getrusage(who).ru_maxrss / 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return {
         "model": config.model.name,
         "qat": config.quantization.enabled,
         "engine": engine,
+        "workers": config.engine.workers or available_workers(),
         "seconds_per_round": seconds,
+        **({"pool_seconds_per_round": statistics.median(pooled)} if pooled else {}),
         "clients_per_second": clients / seconds,
         "raw2_seconds_per_round": statistics.median(raw),
         "vs_raw2": statistics.median(r / o for r, o in zip(raw, own, strict=True)),
@@ -194,7 +231,7 @@ def measure(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
 
 
 def measure_dp(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
-    """Run our loop and Opacus's in turn."""
+    """Run our engine, client after client, and Opacus's loop in turn."""
     from simulations.benchmarks.dpsgd import measure_private
 
     built = assembly(config, clients)
@@ -212,7 +249,8 @@ def measure_dp(config: RunConfig, clients: int, rounds: int) -> dict[str, Any]:
         ]  # fmt: skip
 
     plan = replace(PLAN, dp=DpSgdPlan(clipping_norm=1.0, noise_multiplier=1.0))
-    found = measure_private(built.model, cohort, plan, rounds)
+    engine = choose_engine(config.engine, built.model, train.shape, private=True)
+    found = measure_private(built.model, engine, cohort, plan, rounds)
     return {"model": config.model.name, "qat": config.quantization.enabled} | found
 
 
@@ -232,24 +270,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Rounds of federated training beside a plain torch loop on two processes.")
     parser.add_argument("--model", choices=tuple(ZOO), default="cnn")
     parser.add_argument("--qat", action="store_true", help="train quantization-aware and send int8 weights")
-    parser.add_argument("--dp", action="store_true", help="DP-SGD in one process, beside Opacus's loop instead of the plain one")
+    parser.add_argument("--dp", action="store_true", help="DP-SGD in one process, one client after the other, beside Opacus's loop")
     parser.add_argument("--engine", choices=("auto", "native", "loop", "vmap"), default="auto")
+    parser.add_argument("--workers", default="0", help="number of processes, 0 = one per core; or ray")
     parser.add_argument("--clients", type=int, default=100, help="clients a round (memory must not grow with it)")
     parser.add_argument("--rounds", type=int, default=7, help="rounds measured of each; medians are printed")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--started", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    tables = {
-        "run": {"name": "throughput", "rounds": 1_000_000},
-        "data": {"clients": given.clients},
-        "model": {"name": given.model},
-        "quantization": {"enabled": given.qat},
-        "training": {"epochs": PLAN.epochs, "batch_size": PLAN.batch_size, "lr": PLAN.lr},
-        "evaluation": {"every": 0},
-        "engine": {"name": given.engine},
-    }
-    config = parse_config(tables, "benchmark", Path())
+    workers = int(given.workers) if given.workers.isdecimal() else given.workers
+    config = scenario(given.model, given.clients, qat=given.qat, name=given.engine, workers=workers)
     if given.started:
         with ours(config, given.clients):
             print(time.time())
@@ -258,12 +289,9 @@ def main() -> None:
         found = measure_dp(config, given.clients, given.rounds)
     else:
         found = measure(config, given.clients, given.rounds)
-        found["startup_seconds"] = start_up(["--model", given.model, "--engine", given.engine, *(["--qat"] if given.qat else [])])
-    if given.json:
-        print(json.dumps(found))
-    else:
-        for key, value in found.items():
-            print(f"{key:24}{value:.4g}" if isinstance(value, float) else f"{key:24}{value}")
+        options = ["--model", given.model, "--engine", given.engine, "--workers", given.workers]
+        found["startup_seconds"] = start_up([*options, *(["--qat"] if given.qat else [])])
+    show(found, as_json=given.json)
 
 
 if __name__ == "__main__":

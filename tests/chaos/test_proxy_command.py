@@ -27,7 +27,7 @@ class Proxy:
         self.process.send_signal(signal.SIGTERM)
         last = json.loads(self.process.stdout.readlines()[-1])
         self.process.stdout.close()
-        return self.process.wait(30), last
+        return self.process.wait(60), last
 
 
 def test_bytes_are_harmed_as_a_seed_says_and_counted():
@@ -51,7 +51,7 @@ def test_bytes_are_harmed_as_a_seed_says_and_counted():
                 device.sendall(b"hello gateway")
                 device.shutdown(socket.SHUT_WR)
                 assert device.recv(10) == b""
-        thread.join(30)
+        thread.join(60)
     code, last = proxy.end()
     assert code == 0
     assert last["event"] == "faults"
@@ -67,7 +67,7 @@ def test_messages_are_harmed_in_the_gateways_name(tmp_path):
     channel = channel_to(proxy.said["address"], fleet.fleet.trust())
     for _ in range(4):
         with pytest.raises(grpc.RpcError) as lost:
-            list(channel.unary_stream("/fedcore.gateway.v1.Gateway/CheckIn")(b"", timeout=20))
+            list(channel.unary_stream("/fedcore.gateway.v1.Gateway/CheckIn")(b"", timeout=60))
         assert not isinstance(failure_of(lost.value, "x"), GatewayRefusal)
     channel.close()
     assert proxy.end() == (0, {"event": "faults", "drop": 4})

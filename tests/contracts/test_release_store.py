@@ -1,39 +1,26 @@
 """What every store of releases promises: one current rollout a model, arms that never overfill, votes that only get worse, and
 sequences that only rise. The same tests run against SQLite and against a real Redis."""
 
-import shutil
 import subprocess
 import sys
 import threading
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from fedcore.state.gateway import Device, Standing, open_gateway_store
 from fedcore.state.releases import Holding, Membership, RolloutEntry, Visit, Worst
 
-sys.path.insert(0, str(Path(__file__).parent))
-from test_gateway_store import RedisServer
-
 NOW = 1_800_000_000.123456
 ONE = RolloutEntry("digits-2", "digits", 1, 1, '{"phase":"running","ü":1}')
-
-
-@pytest.fixture(scope="module")
-def server():
-    one = RedisServer()
-    yield one
-    one.kill()
-    shutil.rmtree(one.folder, ignore_errors=True)
 
 
 @pytest.fixture(params=["sqlite", "redis"])
 def where(request, tmp_path):
     if request.param == "sqlite":
         return str(tmp_path / "state.sqlite")
-    return request.getfixturevalue("server").url(f"r{time.monotonic_ns()}")
+    return request.getfixturevalue("shared_redis").url(f"r{time.monotonic_ns()}")
 
 
 @pytest.fixture
@@ -135,6 +122,43 @@ def test_what_devices_run_is_kept_a_row_each(store, where):
     assert other.releases.holdings("digits") == [newer, second]
     assert other.releases.holdings("letters") == [Holding(7, "letters", 4)]
     other.close()
+
+
+def test_why_a_device_refused_a_release_stays_until_it_runs_another(store):
+    def told(note, version=1, device=7):
+        store.visit(Visit(Holding(device, "digits", version, labels=(), seen=NOW, note=note)))
+        return [(one.device, one.version, one.note) for one in store.holdings("digits")]
+
+    assert told("") == [(7, 1, "")]
+    assert told("self-test: 0.2") == [(7, 1, "self-test: 0.2")]
+    assert told("") == [(7, 1, "self-test: 0.2")]
+    assert told("too slow") == [(7, 1, "too slow")]
+    assert told("", device=8) == [(7, 1, "too slow"), (8, 1, "")]
+    assert told("", version=2**53 - 2) == [(7, 2**53 - 2, ""), (8, 1, "")]
+    assert told("again", version=2**53 - 2)[0] == (7, 2**53 - 2, "again")
+    assert told("", version=2**53 - 1)[0] == (7, 2**53 - 1, "")
+    assert told("", version=2**53 - 1)[0] == (7, 2**53 - 1, "")
+
+
+def test_old_rollouts_are_forgotten_with_their_members_and_the_rest_goes_on(store):
+    for number in range(1, 6):
+        store.advance_rollout(replace(ONE, name=f"digits-{number}", number=number))
+        store.visit(joining(7, known=(f"digits-{number}", 1)))
+        store.visit(joining(8, known=(f"digits-{number}", 1), most=2))
+    store.advance_rollout(replace(ONE, name="letters-1", model="letters"))
+    store.prune_rollouts("digits", 9)
+    store.prune_rollouts("nothing", 1)
+    assert len(store.rollouts()) == 6
+    store.prune_rollouts("digits", 2)
+    assert [one.name for one in store.rollouts()] == ["digits-4", "digits-5", "letters-1"]
+    assert [len(store.members(f"digits-{number}")) for number in range(1, 6)] == [0, 0, 0, 2, 2]
+    late = visit(7, known=("digits-5", 1), reports=(Worst("digits-1", "canary", {"crash": 1.0}),))
+    assert store.visit(late).current
+    store.prune_rollouts("digits", 0)  # the current one always stays
+    assert [one.name for one in store.rollouts()] == ["digits-5", "letters-1"]
+    assert not store.advance_rollout(replace(ONE, name="digits-9", number=1))
+    assert store.advance_rollout(replace(ONE, name="digits-6", number=6))
+    assert store.visit(joining(7, known=("digits-6", 1))).member is not None
 
 
 def test_sequences_rise_for_a_device_whatever_it_asks_for(store):

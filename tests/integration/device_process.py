@@ -1,6 +1,7 @@
 """A device process for tests: client NUMBER of a scenario, with its examples and the data order of the simulation of the same seed.
 
-``python device_process.py STATE NUMBER FOLDER`` trains on the files in FOLDER/client-NUMBER.
+``python device_process.py STATE NUMBER FOLDER`` trains on the files in FOLDER/client-NUMBER, with a native library if one is
+installed in FOLDER/native-NUMBER.
 """
 
 import signal
@@ -53,7 +54,8 @@ def main():
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())
     with state.locked():
-        Agent(state, Calm(folder, number), policy, draw=draws_of(number), look=0.2).run(stop)
+        native = [folder / f"native-{number}"]
+        Agent(state, Calm(folder, number), policy, draw=draws_of(number), look=0.2, native=native).run(stop)
 
 
 main()

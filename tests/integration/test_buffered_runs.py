@@ -1,15 +1,14 @@
 """Asynchronous rounds of simulated clients as a user runs them: real processes that are killed, and what is shown."""
 
 import json
-import random
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
+from fedcore_commands import fedcore
+from run_directories import killed_and_resumed, last_checkpoint, untimed
 
-COMMAND = [sys.executable, "-c", "from fedcore.cli import main; main()"]
+from fedcore.config import load_config
+from fedcore.coordinator.run import SimulatedRun
+
 SCENARIO = """
 [run]
 name = "slow-tail"
@@ -42,44 +41,19 @@ def small(tmp_path):
     return path
 
 
-def fedcore(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
-
-
-def metrics(out):
-    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in entry.items() if key != "timing"} for entry in entries]
-
-
-def wait_for_rounds(out, goal, process):
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and process.poll() is None:
-        if (out / "metrics.jsonl").exists() and len((out / "metrics.jsonl").read_text().splitlines()) >= goal:
-            return
-        time.sleep(0.01)
-
-
 def test_kills_at_random_moments_leave_the_bits_of_a_run_that_was_not_killed(small, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    done = fedcore("simulate", small, "--out", whole)
+    with SimulatedRun(load_config(small), whole, resume=False) as run:
+        list(run.rounds())
+        run.finish()
+    done, kills = killed_and_resumed(small, torn, 5)
+    assert kills >= 2
     assert done.returncode == 0, done.stderr
     assert "virtual " in done.stdout
     assert "stale " in done.stdout
     assert "discarded " in done.stdout
-    draw, kills = random.Random(5), 0
-    for goal in (1, 15, 30):
-        resume = ["--resume"] if (torn / "config.toml").exists() else []
-        process = subprocess.Popen([*COMMAND, "simulate", small, "--out", torn, *resume], stdout=subprocess.DEVNULL)
-        wait_for_rounds(torn, goal, process)
-        time.sleep(draw.uniform(0, 0.1))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 2
-    done = fedcore("simulate", small, "--out", torn, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert metrics(torn) == metrics(whole)
-    last = [max((out / "checkpoints").glob("*.safetensors")).read_bytes() for out in (torn, whole)]
-    assert last[0] == last[1]
+    assert untimed(torn) == untimed(whole)
+    assert last_checkpoint(torn) == last_checkpoint(whole)
     results = [json.loads((out / "result.json").read_text()) for out in (torn, whole)]
     assert results[0]["virtual_seconds"] == results[1]["virtual_seconds"] > 0
     assert results[0]["discarded"] == results[1]["discarded"] > 0

@@ -19,17 +19,17 @@ from fedcore.config import load_config
 from fedcore.coordinator.run import SimulatedRun
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from simulations import all_data
-from simulations.all import SCENARIO
-from simulations.all_fleet import Processes
-from simulations.all_twins import SIMULATED, Row, equal_bits, of_run
+from simulations.all import people
+from simulations.all.__main__ import SCENARIO
+from simulations.all.fleet import Processes
+from simulations.all.twins import SIMULATED, Row, equal_bits, of_run
 
 ROOT = Path(__file__).parents[2]
 
 
 def twin(folder, name):
     """A short run of one step, in this process."""
-    (folder / "all_data.py").write_bytes(Path(all_data.__file__).read_bytes())
+    (folder / "people.py").write_bytes(Path(people.__file__).read_bytes())
     scenario = folder / "twins.toml"
     scenario.write_text(SCENARIO.format(rounds=2, calibrate=1))
     (step,) = (one for one in SIMULATED if one.name == name)
@@ -53,8 +53,8 @@ def test_masks_change_no_bit_and_the_integers_under_them_do(tmp_path):
 
 
 def test_held_out_recordings_are_those_of_the_test_and_of_nobody_s_training():
-    train, test = all_data.windows(test=False), all_data.windows(test=True)
-    parts = [all_data.held_out(person) for person in range(all_data.PEOPLE)]
+    train, test = people.windows(test=False), people.windows(test=True)
+    parts = [people.held_out(person) for person in range(people.PEOPLE)]
     assert sum(len(x) for x, _ in parts) == len(test.x)
     assert min(len(x) for x, _ in parts) > 50
     for person, (x, y) in enumerate(parts):
@@ -63,10 +63,10 @@ def test_held_out_recordings_are_those_of_the_test_and_of_nobody_s_training():
     # Windows overlap by half: the second half of one is the first of the next one of its recording, and of no other.
     tails = {window[:, 50:].tobytes() for window in test.x} | {window[:, :50].tobytes() for window in test.x}
     assert not any(window[:, :50].tobytes() in tails or window[:, 50:].tobytes() in tails for window in train.x)
-    dataset = all_data.eight_watches()
+    dataset = people.eight_watches()
     raw = dataset.test.x * np.array(dataset.std)[:, None] + np.array(dataset.mean)[:, None]
     np.testing.assert_allclose(raw, test.x, rtol=1e-4, atol=1e-4)
-    np.testing.assert_array_equal(np.unique(dataset.groups), np.arange(all_data.PEOPLE))
+    np.testing.assert_array_equal(np.unique(dataset.groups), np.arange(people.PEOPLE))
 
 
 def test_a_row_is_per_device_and_round_and_of_the_model_that_travels():

@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from fedcore_commands import COMMAND, fedcore
 from typer.testing import CliRunner
 
 from fedcore.cli import app
@@ -28,8 +29,10 @@ from fedcore.coordinator.run import SimulatedRun
 from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway.fleet import Told
+from fedcore.gateway.identity import EnrolmentToken, enrolment_request, spell
 from fedcore.portable.signature import check_step_signature
 from fedcore.quantization.layers import set_activation_ranges
+from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.keys import read_message
 from fedcore.secagg.messages import TrustBundle
 from fedcore.state.gateway import Admission, Device, open_gateway_store
@@ -213,13 +216,13 @@ federated_every = 1
 """
 
 
-def holding_out(tmp_path, devices, **values):
+def holding_out(tmp_path, devices, loss="cross_entropy", **values):
     """A scenario whose devices evaluate, its simulation's metrics, and its data."""
     scenario(tmp_path, **values)
     file = tmp_path / "scenario.toml"
     text = file.read_text().replace('partition = "dirichlet"', 'partition = "dirichlet"\nholdout = 0.25')
     file.write_text(text + HOLDING)
-    config = load_config(file, ["engine.name=loop"])
+    config = load_config(file, ["engine.name=loop", f"training.loss={loss}"])
     _, assembly = simulated(config, tmp_path)
     devices.hold(assembly.data)
     return config, json.loads((tmp_path / "simulated.json").read_text()), assembly
@@ -231,12 +234,14 @@ def check_scores(found, expected, loss=1e-5):
     assert found["percentiles"] == pytest.approx(expected["percentiles"])
 
 
-def test_devices_evaluate_as_simulated_clients_do(tmp_path, devices):
-    config, expected, assembly = holding_out(tmp_path, devices)
+@pytest.mark.parametrize("loss", ["cross_entropy", pytest.param("squared", marks=pytest.mark.slow)])
+def test_devices_train_and_evaluate_as_simulated_clients_do(tmp_path, devices, loss):
+    config, expected, assembly = holding_out(tmp_path, devices, loss)
     _, rounds, run = federated(config, devices, tmp_path)
     assert not any("federated_failed" in one or "failed_attempts" in one for one in rounds), devices.logs()
     for found, simulation in zip(rounds, expected, strict=True):
         check_scores(found["federated"], simulation["federated"])
+        assert found["train_loss"] == pytest.approx(simulation["train_loss"], abs=1e-5)
         assert found["bytes_up"] == simulation["bytes_up"]
     assert rounds[-1]["federated"]["loss"] != rounds[0]["federated"]["loss"]
     scores = run.coordinator.progress.scores
@@ -269,12 +274,11 @@ class Served:
     """`fedcore serve` as a process; what it says, line by line."""
 
     def __init__(self, folder, *options):
-        command = [sys.executable, "-c", "from fedcore.cli import main; main()"]
         options = (*options, "--json", "--over-selection", "1", "--window", "60")
         self.log = folder / "serve.log"
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "serve", folder / "scenario.toml", "--fleet", folder / "fleet", "--out", folder / "run", *options],
+                [*COMMAND, "serve", folder / "scenario.toml", "--fleet", folder / "fleet", "--out", folder / "run", *options],
                 stdout=subprocess.PIPE, stderr=log, text=True,
             )  # fmt: skip
 
@@ -290,11 +294,6 @@ class Served:
         code = self.process.wait(30)
         self.process.stdout.close()
         return code
-
-
-def fedcore(*arguments):
-    command = [sys.executable, "-c", "from fedcore.cli import main; main()", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
 def listed_devices(folder):
@@ -453,6 +452,27 @@ def test_what_a_device_says_of_itself_commands_no_terminal(tmp_path):
     assert "\x1b" not in said
 
 
+def test_labels_are_given_with_the_token_or_later_by_the_operator(tmp_path):
+    folder = FleetFolder.open(tmp_path / "fleet", "watches")
+    where = ["--fleet", str(folder.directory)]
+    token = CliRunner().invoke(app, ["device", "token", *where, "--label", "lab", "--label", "beta"]).output.strip()
+    signer, store = folder.signer(), open_gateway_store(folder.store)
+    key = Ed25519Key(bytes(32))
+    one = signer.enrol(enrolment_request(EnrolmentToken.decode(token), key, bytes(16)))
+    assert signer.labels(one.device) == ("beta", "lab")
+    store.register(Device(one.device, 1, key.public, 2**33, 1.0, labels=signer.labels(one.device)))
+    done = CliRunner().invoke(app, ["device", "label", spell(one.device), "gold", *where])
+    assert done.output == f"{spell(one.device)}: gold\n"
+    assert signer.labels(one.device) == store.device(one.device).labels == ("gold",)
+    row = json.loads(CliRunner().invoke(app, ["device", "list", "--json", *where]).output)
+    assert row["labels"] == ["gold"]
+    assert CliRunner().invoke(app, ["device", "label", spell(one.device), *where]).output == f"{spell(one.device)}: no label\n"
+    for words in (["label", "7" * 16, "x"], ["label", "seven", "x"], ["token", "--label", "x" * 65]):
+        assert CliRunner().invoke(app, ["device", *words, *where]).exit_code == 2
+    signer.close()
+    store.close()
+
+
 def test_a_token_lasts_a_number_of_hours(tmp_path):
     FleetFolder.open(tmp_path / "fleet", "watches")
     for hours in ("nan", "inf"):
@@ -506,11 +526,10 @@ class Operators:
     def serve(self):
         floor = self.folder / "floor.toml"
         floor.write_text("minimum_survivors = 2\ncorrupt_clients = 0\nnoise_multiplier = 0\n")
-        command = [sys.executable, "-c", "from fedcore.cli import main; main()", "committee", "serve"]
         for a in (1, 2, 3):
             with (self.folder / f"member-{a}.log").open("ab") as log:
                 self.processes.append(subprocess.Popen(
-                    [*command, self.folder / f"m{a}", "--trust", self.folder / "bundle.json", "--root",
+                    [*COMMAND, "committee", "serve", self.folder / f"m{a}", "--trust", self.folder / "bundle.json", "--root",
                      self.folder / "root" / "signing.pub", "--policy", floor],
                     stdout=subprocess.PIPE, stderr=log, text=True,
                 ))  # fmt: skip

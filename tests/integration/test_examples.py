@@ -2,11 +2,10 @@
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from fedcore_commands import fedcore, settings
 
 from fedcore.config import load_config
 
@@ -14,10 +13,8 @@ SIMULATIONS = Path(__file__).parents[2] / "simulations"
 EXAMPLES = SIMULATIONS / "examples"
 
 
-def simulate(scenario: Path, out: Path, *settings: str) -> dict:
-    overrides = [part for value in settings for part in ("--set", value)]
-    command = [sys.executable, "-c", "from fedcore.cli import main; main()", "simulate", scenario, "--out", out, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def simulate(scenario: Path, out: Path, *values: str) -> dict:
+    done = fedcore("simulate", scenario, "--out", out, *settings(*values))
     assert done.returncode == 0, done.stderr
     return json.loads((out / "result.json").read_text())
 

@@ -1,9 +1,11 @@
 """Releases over a real gateway on loopback: the repository, read through ``Fetch`` by a device's own client."""
 
 import asyncio
+import contextlib
 import hashlib
 import itertools
 import threading
+import time
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -17,6 +19,7 @@ from fedcore.gateway.deployment import make_fleet
 from fedcore.gateway.door import GatewaySettings
 from fedcore.gateway.identity import issue_token
 from fedcore.gateway.limits import Limits
+from fedcore.gateway.metrics import exposition
 from fedcore.gateway.process import GatewayServer
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.registry.assignment import check_assignment
@@ -25,6 +28,7 @@ from fedcore.registry.client import Client
 from fedcore.registry.files import LocalFiles
 from fedcore.registry.keys import load_signers, make_keys
 from fedcore.registry.repository import create, load, publish, renew
+from fedcore.registry.roles import target_name
 from fedcore.registry.rollout import Plan, command, new_rollout
 from fedcore.registry.rollout_record import encode_rollout
 from fedcore.secagg.crypto import Ed25519Key
@@ -74,9 +78,9 @@ class Served:
     def run(self, work):
         return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
 
-    def device(self, number):
+    def device(self, number, labels=()):
         key = Ed25519Key(hashlib.sha256(b"%d" % number).digest())
-        enrolled = enrol(self.server.address, self.signer.issue(600).encode(), key, plain=True)
+        enrolled = enrol(self.server.address, self.signer.issue(600, labels).encode(), key, plain=True)
         return GatewayClient(self.server.address, Requests(enrolled, lambda: next(self.counter)), plain=True), enrolled
 
     def close(self):
@@ -93,6 +97,65 @@ def served(tmp_path, request):
     one = Served(tmp_path, getattr(request, "param", Limits(rate=100, burst=400)))
     yield one
     one.close()
+
+
+@pytest.mark.parametrize("served", [Limits(rate=100, burst=400, grace=3.0, slowest=2e7, downloads=1)], indirect=True)
+def test_who_takes_too_long_to_read_a_stream_loses_it_and_goes_on_where_it_stopped(served, tmp_path, caplog):
+    """A reader that stops costs a file and a place among the calls for a while, and not for ever."""
+    import grpc
+
+    from fedcore.gateway.client import SERVICE, failure_of
+
+    client, _ = served.device(1)
+    token, meter = client.release(BODY).token, served.server.gateway.meter
+    entry = load(served.files).catalogue().artefact("digits", 1, "flagship", "onnx")
+    name = target_name(entry.path, entry.digest.hex())
+    served.files.write(f"{name}.long", MODEL * 8)  # more than what gRPC holds for a reader on both sides
+    channel = grpc.insecure_channel(served.server.address, (("grpc.http2.lookahead_bytes", 65_536),))
+
+    def wanted(offset):
+        asked = pb.FetchRequest(token=token, name=f"{name}.long", offset=offset).SerializeToString()
+        return channel.stream_stream(f"/{SERVICE}/Fetch")(iter([asked]))
+
+    replies = wanted(0)
+    held = [pb.FetchReply.FromString(next(replies))]
+    with pytest.raises(grpc.RpcError) as full:
+        next(wanted(0))
+    assert failure_of(full.value, "Fetch").reason == pb.TOO_FAST
+    until = time.monotonic() + 120
+    while not (meter.slow["Fetch"] and not meter.flying["Fetch"]):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    with pytest.raises(grpc.RpcError) as ended:
+        held.extend(pb.FetchReply.FromString(one) for one in replies)
+    told = failure_of(ended.value, "Fetch")
+    assert (told.reason, "go on where it stopped" in str(told)) == (pb.BUSY, True)
+    taken = b"".join(one.data for one in held)
+    assert 0 < len(taken) < len(MODEL) * 8
+    assert taken == (MODEL * 8)[: len(taken)]
+    assert sum("a reader took no more than" in one.message for one in caplog.records) == 1
+    assert 'fedcore_gateway_slow_readers_total{method="Fetch"} 1' in exposition(meter.families())
+    while len(taken) < len(MODEL) * 8:
+        assert time.monotonic() < until
+        with contextlib.suppress(grpc.RpcError):  # on a busy machine it takes several turns
+            for one in wanted(len(taken)):
+                taken += pb.FetchReply.FromString(one).data
+    assert taken == MODEL * 8
+    channel.close()
+    client.close()
+
+
+def test_a_device_that_enrols_has_the_labels_of_its_token_whatever_it_says(served):
+    client, enrolled = served.device(1, ["lab"])
+    other, _ = served.device(2)
+    for one in (client, other):
+        one.release(pb.ReleaseBody(model="digits", labels=["gold"]))
+    assert sorted(held.labels for held in served.store.releases.holdings("digits")) == [(), ("lab",)]
+    served.signer.label(enrolled.device, ["beta"])
+    client.renew()
+    assert served.store.device(enrolled.device).labels == ("beta",)
+    client.close()
+    other.close()
 
 
 BODY = pb.ReleaseBody(model="digits", tier="flagship", runtime="onnx", hardware="Pi 5")

@@ -1,20 +1,17 @@
 """Private runs as a user starts, kills and resumes them."""
 
 import json
-import os
-import random
-import signal
 import stat
-import subprocess
-import sys
-import time
 
 import pytest
+from fedcore_commands import fedcore
+from run_directories import killed_and_resumed, last_checkpoint, untimed
 
+from fedcore.config import load_config
+from fedcore.coordinator.run import SimulatedRun
 from fedcore.privacy.ledger import Ledger
 from fedcore.state.ledger import open_ledger
 
-COMMAND = [sys.executable, "-c", "from fedcore.cli import main; main()"]
 SCENARIO = """
 [run]
 rounds = 5
@@ -56,20 +53,6 @@ delta = 1e-4
 """
 
 
-def fedcore(*arguments):
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300)
-
-
-def lines(out):
-    """The metrics without their timings."""
-    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key != "timing"} for row in rows]
-
-
-def last_checkpoint(out):
-    return max((out / "checkpoints").glob("*.safetensors")).read_bytes()
-
-
 def charged(out):
     ledger = Ledger(open_ledger(out, write=False))
     return [(charge.unit, charge.round, charge.attempt) for charge in ledger.charges()]
@@ -85,30 +68,6 @@ def scenario(tmp_path):
     return write
 
 
-def kill_and_resume(scenario, out, seed):
-    """Start the run and kill -9 it at random moments until it is through."""
-    clock, deaths = random.Random(seed), 0
-    for _ in range(40):
-        resume = ["--resume"] if (out / "config.toml").exists() else []
-        process = subprocess.Popen(
-            [*COMMAND, "simulate", str(scenario), "--out", str(out), *resume], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        before = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-        while process.poll() is None and deaths < 3:
-            done = len((out / "metrics.jsonl").read_text().splitlines()) if (out / "metrics.jsonl").exists() else 0
-            if done > before:
-                time.sleep(clock.random() * 0.1)
-                os.kill(process.pid, signal.SIGKILL)
-                deaths += 1
-                break
-            time.sleep(0.005)
-        _, errors = process.communicate(timeout=300)
-        if process.returncode == 0:
-            return deaths
-        assert process.returncode == -signal.SIGKILL, errors
-    raise AssertionError("the run never came through")
-
-
 @pytest.mark.parametrize(
     "units",
     [
@@ -120,12 +79,14 @@ def kill_and_resume(scenario, out, seed):
 )
 def test_a_killed_private_run_ends_with_the_same_bits_and_charges_every_round_once(scenario, tmp_path, units):
     path = scenario(*units)
-    straight = fedcore("simulate", path, "--out", tmp_path / "straight")
-    assert straight.returncode == 0, straight.stderr
-    assert "epsilon" in straight.stdout
-    assert kill_and_resume(path, tmp_path / "torn", seed=len(units)) > 0
+    with SimulatedRun(load_config(path), tmp_path / "straight", resume=False) as run:
+        list(run.rounds())
+    done, kills = killed_and_resumed(path, tmp_path / "torn", units)
+    assert done.returncode == 0, done.stderr
+    assert kills >= 2
+    assert "epsilon" in done.stdout
     assert last_checkpoint(tmp_path / "torn") == last_checkpoint(tmp_path / "straight")
-    assert lines(tmp_path / "torn") == lines(tmp_path / "straight")
+    assert untimed(tmp_path / "torn") == untimed(tmp_path / "straight")
     assert charged(tmp_path / "torn") == charged(tmp_path / "straight")
     assert len(charged(tmp_path / "torn")) == 5 * len(units)
 
@@ -133,7 +94,7 @@ def test_a_killed_private_run_ends_with_the_same_bits_and_charges_every_round_on
 def test_what_a_release_keeps_back_is_in_no_file_but_the_operator_s(scenario, tmp_path):
     out = tmp_path / "run"
     assert fedcore("simulate", scenario(CENTRAL), "--out", out).returncode == 0
-    rows = lines(out)
+    rows = untimed(out)
     assert {row["cohort"] for row in rows} == {8}
     assert all(row["replies"] is None and row["dropped"] == [] for row in rows)
     assert len({row["bytes_up"] for row in rows}) == len({row["bytes_down"] for row in rows if row["quantized"]}) == 1
@@ -159,7 +120,7 @@ def test_the_run_ends_before_it_overspends_and_says_so(scenario, tmp_path):
     assert "ended by the budget" in page
     again = fedcore("simulate", path, "--out", out, "--set", "run.rounds=50", "--resume")
     assert again.returncode == 0, again.stderr
-    assert len(lines(out)) == result["rounds"]
+    assert len(untimed(out)) == result["rounds"]
 
 
 def test_a_first_round_that_cannot_be_paid_is_refused_before_anybody_works(scenario, tmp_path):

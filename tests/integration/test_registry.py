@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import http.server
 import json
@@ -9,11 +10,15 @@ import shutil
 import threading
 
 import numpy as np
+import onnx
 import pytest
+from onnx import helper
 from typer.testing import CliRunner
 
 from fedcore.cli import app
 from fedcore.errors import Refused
+from fedcore.models import ZOO
+from fedcore.portable.step import portable_evaluation, portable_step
 from fedcore.registry.catalogue import artefact, delta, self_test
 from fedcore.registry.client import Client
 from fedcore.registry.delta import make_delta
@@ -22,6 +27,12 @@ from fedcore.registry.files import LocalFiles
 from fedcore.registry.install import Store, install
 from fedcore.registry.keys import load_signers
 from fedcore.registry.repository import publish
+
+
+@functools.cache
+def exported():
+    """A step as the coordinator exports it."""
+    return portable_step(ZOO["mlp"]((1, 8, 8), 4), (1, 8, 8), batch=4, unit="example")
 
 
 def fedcore(*words, code=0):
@@ -41,9 +52,11 @@ def test_a_repository_by_its_commands(place):
     assert fedcore("verify", repository) == "sound\n"
     assert sorted(path.name for path in online.glob("*.key")) == ["snapshot.key", "timestamp.key"]
     assert {path.stat().st_mode & 0o777 for folder in (offline, online) for path in folder.glob("*.key")} == {0o600}
-    (place / "cnn.onnx").write_bytes(b"a graph")
-    named = fedcore("sign-step", repository, place / "cnn.onnx", "--keys", offline, "--keys", online).strip()
-    assert named == f"steps/{hashlib.sha256(b'a graph').hexdigest()}"
+    graph = exported()
+    step = place / f"{graph.sha256}.onnx"  # as it lies in FLEET/steps
+    step.write_bytes(graph.data)
+    named = fedcore("sign-step", repository, step, "--keys", offline, "--keys", online).strip()
+    assert named == f"steps/{graph.sha256}"
     assert "snapshot, timestamp" in fedcore("renew", repository, "--keys", online)
     said = json.loads(fedcore(
         "rotate-keys", repository, "--role", "timestamp", "--keys", offline, "--keys", online, "--out", place / "fresh", "--json"
@@ -61,7 +74,11 @@ def test_a_repository_by_its_commands(place):
 
 
 def test_a_wrong_request_is_one_line(place):
-    repository = place / "repository"
+    repository, keys = place / "repository", ("--keys", place / "offline", "--keys", place / "online")
+    (place / "mlp.onnx").write_bytes(exported().data)
+    with (place / "large.onnx").open("wb") as file:
+        file.truncate(1 << 33)
+    hostile = hostile_steps(place)
     for words, text in (
         (["init", repository, "--offline", place / "a", "--online", place / "b"], "there are files already"),
         (["init", place / "new", "--offline", place / "a", "--online", place / "b", "--threshold", 4], "threshold"),
@@ -71,7 +88,12 @@ def test_a_wrong_request_is_one_line(place):
         ),
         (["rotate-keys", repository, "--role", "king", "--keys", place / "offline", "--out", place / "c"], "no role 'king'"),
         (["rotate-keys", repository, "--role", "root", "--keys", place / "offline", "--out", place / "c"], "more than one"),
-        (["sign-step", repository, place / "offline" / "targets.pub", "--keys", place / "online"], "the role targets needs"),
+        (["sign-step", repository, place / "mlp.onnx", "--keys", place / "online"], "the role targets needs"),
+        (["sign-step", repository, place / "offline" / "targets.pub", *keys], "targets.pub is not signed: training step"),
+        (["sign-step", repository, place / "none.onnx", *keys], "none.onnx cannot be read (No such file"),
+        (["sign-step", repository, place, *keys], "cannot be read (Is a directory)"),
+        (["sign-step", repository, place / "large.onnx", *keys], "more than the 16777216 bytes that devices accept"),
+        *((["sign-step", repository, place / f"{what}.onnx", *keys], text) for what, text in hostile.items()),
         (["renew", place / "nothing", "--keys", place / "online"], "there is no repository"),
     ):
         result = CliRunner().invoke(app, ["registry", *map(str, words)])
@@ -80,6 +102,49 @@ def test_a_wrong_request_is_one_line(place):
         assert len(result.stderr.strip().splitlines()) == 1
     assert not (place / "a").exists()
     assert not (place / "c").exists()
+
+
+def count_of_nothing(proto):
+    """The count is no longer that of the mask."""
+    node = next(one for one in proto.graph.node if list(one.output) == ["count"])
+    node.output[0] = "counted"
+    proto.graph.node.append(helper.make_node("Sub", ["counted", "counted"], ["count"]))
+
+
+def hostile_steps(place):
+    """Graphs that devices refuse, as NAME.onnx, and what is said of each."""
+    step = exported()
+    changes = {
+        "a-mail": (lambda p: p.graph.node.append(helper.make_node("Mail", ["x"], ["leak"])), "operator 'Mail' is not one of"),
+        "a-domain": (
+            lambda p: p.graph.node.append(helper.make_node("Abs", ["x"], ["l"], domain="com.microsoft")), "of another domain"
+        ),
+        "a-library": (lambda p: p.opset_import.append(helper.make_opsetid("com.example", 1)), "of the standard domain alone"),
+        "a-file": (lambda p: p.graph.initializer[0].external_data.add(key="location", value="/etc/passwd"), "external data"),
+        "an-input": (lambda p: p.graph.input.pop(), "its inputs are not those that its form states"),
+        "an-output": (lambda p: p.graph.output.reverse(), "its outputs are not those that its form states"),
+        "a-model": (lambda p: p.ClearField("metadata_props"), "neither the property fedcore.step of a training step"),
+        "two-kinds": (lambda p: p.metadata_props.add(key="fedcore.evaluation", value="{}"), "and no other"),
+        "another-shape": (lambda p: setattr(p.graph.node[-1], "op_type", "Gather"), "float32 [0, 1], not as its form"),
+        "what-no-runtime-loads": (lambda p: setattr(p.graph.node[-1], "op_type", "Split"), "ONNX Runtime cannot load it"),
+        "a-liar": (count_of_nothing, "it counts 0 examples where there are 4"),
+    }  # fmt: skip
+    for name, (change, _) in changes.items():
+        proto = onnx.load_from_string(step.data)
+        change(proto)
+        (place / f"{name}.onnx").write_bytes(proto.SerializeToString())
+    return {name: text for name, (_, text) in changes.items()}
+
+
+def test_evaluation_graphs_are_published_too_and_nothing_is_where_a_file_is_refused(place):
+    repository, keys = place / "repository", ("--keys", place / "offline", "--keys", place / "online")
+    before = sorted(path.name for path in repository.rglob("*"))
+    for name in hostile_steps(place):
+        fedcore("sign-step", repository, place / f"{name}.onnx", *keys, code=2)
+    assert sorted(path.name for path in repository.rglob("*")) == before
+    graph = portable_evaluation(ZOO["mlp"]((1, 8, 8), 4), (1, 8, 8), batch=4)
+    (place / "evaluation.onnx").write_bytes(graph.data)
+    assert fedcore("sign-step", repository, place / "evaluation.onnx", *keys).strip() == f"steps/{graph.sha256}"
 
 
 @contextlib.contextmanager

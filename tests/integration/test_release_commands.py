@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from fedcore.cli import app
 from fedcore.config import load_config, parse_config
 from fedcore.coordinator import publishing
+from fedcore.coordinator.fleet import FleetFolder
 from fedcore.coordinator.publishing import unfit
 from fedcore.coordinator.release_service import pin_root, place_and_keys
 from fedcore.coordinator.release_status import attend
@@ -75,6 +76,10 @@ def scenario(place, name, tier="", release=""):
     return path
 
 
+def not_json(word):
+    raise AssertionError(f"{word} is no JSON")
+
+
 def finished(path, out):
     with SimulatedRun(load_config(path), out, resume=False) as run:
         rounds = list(run.rounds())
@@ -128,7 +133,8 @@ def test_the_commands_from_an_export_to_a_rollback(place, monkeypatch):
     assert "digits-2 is paused" in command("release", "pause", *fleet)
     assert "digits-2 is running" in command("release", "resume", *fleet)
     assert "--why" in command("release", "abort", *fleet, code=2)
-    rows = json.loads(command("release", "compare", 1, 2, *fleet, "--json"))
+    rows = json.loads(command("release", "compare", 1, 2, *fleet, "--json"), parse_constant=not_json)
+    assert [row["difference"] for row in rows["rows"] if row["signal"] == "joules"] == [[0.0, None]]
     assert rows["side_by_side"]
     assert {row["signal"]: row["verdict"] for row in rows["rows"]}["disagreement"] == "A better"
     assert "A better" in command("release", "compare", 1, 2, *fleet)
@@ -248,6 +254,18 @@ def test_a_fleet_pins_the_root_before_its_devices_enrol(place, tmp_path):
         pin_root(fleet, str(tmp_path / "other"))
 
 
+def test_a_fleet_that_another_serves_pins_what_it_did(place, tmp_path):
+    folder = FleetFolder.open(tmp_path / "fleet", "digits")
+    before = folder.fleet.trust_file.read_bytes()
+    arguments = ("serve", scenario(place, "second"), "--fleet", folder.directory, "--registry", place / "repository")
+    with folder.served():
+        said = command(*arguments, "--listen", "127.0.0.1:0", "--out", tmp_path / "run", code=1)
+    assert "another fedcore serve works on" in said
+    assert folder.fleet.trust_file.read_bytes() == before
+    pin_root(folder.fleet, str(place / "repository"))
+    assert folder.fleet.trust_file.read_bytes() != before
+
+
 def test_devices_that_pin_no_root_are_told_what_to_do(place, tmp_path):
     from fedcore.gateway.identity import enrolment_request
     from fedcore.secagg.crypto import Ed25519Key
@@ -295,3 +313,28 @@ def test_the_store_of_a_fleet_keeps_what_the_commands_did(place):
     names = [one.name for one in store.releases.rollouts()]
     store.close()
     assert [name for name in names if name.startswith("digits")] == ["digits-1", "digits-2", "digits-4"]
+
+
+def test_promote_needs_no_words_and_goes_to_the_next_stage_and_keep_withdraws_nothing_that_is_needed(place):
+    fleet, keys = ("--fleet", place / "fleet"), ("--keys", place / "online")
+    assert "is aborted: promote is possible when it is running or paused" in command("release", "promote", *fleet, code=2)
+    begin = ("--canary", "20%", "--stages", "30%,40%", "--control", "60%", "--corrupt", "0", "--window", 1000, "--keep-rollouts", 2)
+    command("release", "create", place / "run", *fleet, *keys, "--self-test", 0)
+    version = repository(place).latest("digits")
+    said = command("release", "start", *fleet, *begin).splitlines()
+    assert said[1] == "agreement is not compared: not both releases have a self-test batch"
+    for stage in ("stage 2 of 3 (30%)", "stage 3 of 3 (40%)"):
+        assert command("release", "promote", *fleet) == f"digits-{version} is running, {stage}\n"
+    held = json.loads(command("release", "status", *fleet, "--json"), parse_constant=not_json)
+    assert (held["stage"], "disagreement" in {one["signal"] for one in held["tests"]}) == (2, False)
+    command("release", "create", place / "run", *fleet, *keys, "--keep", 1)
+    assert {one for _, one in repository(place).releases()} == {held["baseline"], version, version + 1}
+    elsewhere = ("--fleet", place / "nowhere", "--registry", place / "repository")
+    said = command("release", "create", place / "run", *elsewhere, *keys, "--keep", 1, code=2)
+    assert "no fleet says which of them its rollouts need" in said
+    assert command("release", "promote", *fleet) == f"digits-{version} is full\n"
+    last = json.loads((place / "fleet" / "releases.jsonl").read_text().splitlines()[-1])
+    assert (last["event"], last["why"], bool(last["by"])) == ("promote", "by hand", True)
+    assert "evidence" in last
+    with Deployment.of(place / "fleet").control() as control:
+        assert len(control.all_of("digits")) == 2

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fedcore_commands import COMMAND
 
 pytest.importorskip("fedcore_device", reason="the device's package is not installed: pip install -e clients/linux")
 
@@ -56,11 +57,10 @@ models = ["digits"]
 agreement = 0.5
 """
 GOOD = {"charging": True, "unmetered": True, "idle": True, "temperature": 20.0, "free_storage": 1 << 40}
-FEDCORE = [sys.executable, "-c", "from fedcore.cli import main; main()"]
 
 
 def fedcore(*arguments):
-    return subprocess.run([*FEDCORE, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=True).stdout
 
 
 def prepared(folder):
@@ -94,7 +94,7 @@ def test_what_devices_trained_comes_back_to_them_as_a_release(tmp_path):
     options = ("--listen", "127.0.0.1:0", "--json", "--over-selection", "1", "--window", "120", "--release-every", "1", "--stay")
     with (tmp_path / "serve.log").open("ab") as log:
         served = subprocess.Popen(
-            [*FEDCORE, "serve", tmp_path / "scenario.toml", "--fleet", tmp_path / "fleet", "--out", tmp_path / "run", *options],
+            [*COMMAND, "serve", tmp_path / "scenario.toml", "--fleet", tmp_path / "fleet", "--out", tmp_path / "run", *options],
             stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     events, devices = [], []

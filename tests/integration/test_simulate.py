@@ -2,20 +2,21 @@
 
 import json
 import os
-import random
 import resource
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fedcore_commands import COMMAND, Command, fedcore, settings
+from run_directories import await_rounds, killed_and_resumed, last_checkpoint, metrics, rounds, untimed
 
-from fedcore.quantization.wire import decode_model
+from fedcore.config import load_config
+from fedcore.coordinator.run import SimulatedRun
+from fedcore.quantization.wire import decode_model, model_sections
 
-COMMAND = [sys.executable, "-c", "from fedcore.cli import main; main()"]
 SCENARIO = """
 [run]
 rounds = 6
@@ -43,30 +44,18 @@ def scenario(tmp_path) -> Path:
     return path
 
 
-def fedcore(*arguments: object, **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, check=False, timeout=300, **options)
-
-
-def settings(*values: str) -> list[str]:
-    return [part for value in values for part in ("--set", value)]
-
-
-def simulate(scenario: Path, out: Path, *values: str, **options) -> subprocess.CompletedProcess:
-    done = fedcore("simulate", scenario, "--out", out, *settings(*values), **options)
+def simulate(scenario: Path, out: Path, *values: str) -> Command:
+    done = fedcore("simulate", scenario, "--out", out, *settings(*values))
     assert done.returncode == 0, done.stderr
     return done
 
 
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def untimed(out: Path) -> list[dict]:
-    return [{key: value for key, value in entry.items() if key != "timing"} for entry in metrics(out)]
-
-
-def last_checkpoint(out: Path) -> bytes:
-    return max((out / "checkpoints").glob("*.safetensors")).read_bytes()
+def run_here(scenario: Path, out: Path, *values: str, resume: bool = False, finish: bool = False) -> None:
+    """The rounds of a run in this process; a model and a report only where it is to ``finish``."""
+    with SimulatedRun(load_config(scenario, values), out, resume=resume) as run:
+        list(run.rounds())
+        if finish:
+            run.finish()
 
 
 def test_a_run_leaves_what_it_promises(scenario, tmp_path):
@@ -98,10 +87,13 @@ def test_a_run_leaves_what_it_promises(scenario, tmp_path):
 
 
 def test_two_runs_are_the_same_with_one_and_two_workers(scenario, tmp_path):
-    for workers in (1, 2):
-        simulate(scenario, tmp_path / str(workers), f"engine.workers={workers}", "wire.update=int8")
+    values = ["wire.update=int8", "wire.model=int7"]
+    run_here(scenario, tmp_path / "1", "engine.workers=1", *values, finish=True)
+    simulate(scenario, tmp_path / "2", "engine.workers=2", *values)
     assert untimed(tmp_path / "1") == untimed(tmp_path / "2")
     assert last_checkpoint(tmp_path / "1") == last_checkpoint(tmp_path / "2")
+    kept = {one.encoding for one in model_sections((tmp_path / "1" / "model" / "model.fcm").read_bytes())}
+    assert kept == {"int8", "fp16"}  # the coarser grid is that of downloads alone
     comparison = fedcore("compare", tmp_path / "1", tmp_path / "2", "--out", tmp_path / "page.html")
     assert comparison.returncode == 0, comparison.stderr
     assert "engine.workers: 1 | 2" in comparison.stdout
@@ -112,20 +104,9 @@ def test_two_runs_are_the_same_with_one_and_two_workers(scenario, tmp_path):
 def test_kill_at_random_moments_then_resume_gives_the_same_bits(scenario, tmp_path, strategy):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     values = [f"strategy.name={strategy}", "run.rounds=30", "training.epochs=3"]
-    simulate(scenario, whole, *values)
-    draw = random.Random(strategy)
-    kills = 0
-    for goal in (1, 9, 17):
-        resume = ["--resume"] if (torn / "config.toml").exists() else []
-        process = subprocess.Popen(
-            [*COMMAND, "simulate", scenario, "--out", torn, *resume, *settings(*values)], stdout=subprocess.DEVNULL
-        )
-        wait_for_rounds(torn, goal, process)
-        time.sleep(draw.uniform(0, 0.4))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+    run_here(scenario, whole, *values, finish=True)
+    done, kills = killed_and_resumed(scenario, torn, strategy, *settings(*values))
     assert kills >= 2
-    done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings(*values))
     assert done.returncode == 0, done.stderr
     assert last_checkpoint(torn) == last_checkpoint(whole)
     assert (torn / "model" / "model.fcm").read_bytes() == (whole / "model" / "model.fcm").read_bytes()
@@ -135,15 +116,15 @@ def test_kill_at_random_moments_then_resume_gives_the_same_bits(scenario, tmp_pa
 def test_an_interrupt_leaves_a_run_that_can_be_continued(scenario, tmp_path):
     out = tmp_path / "run"
     values = settings("run.rounds=400")
-    process = subprocess.Popen([*COMMAND, "simulate", scenario, "--out", out, *values], stderr=subprocess.PIPE, text=True)
-    wait_for_rounds(out, 2, process)
+    process = Command("simulate", scenario, "--out", out, *values)
+    await_rounds(out, 2, process)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.wait(60) == 130
+    errors = process.stderr
     assert f"continue with: fedcore simulate {scenario} --out {out} --resume --set run.rounds=400" in errors
     assert "Traceback" not in errors
     assert not (out / "result.json").exists()
-    done = _lines(out)
+    done = rounds(out)
     assert fedcore("report", out).returncode == 0
     again = fedcore("simulate", scenario, "--out", out, "--resume", *settings(f"run.rounds={done + 2}"))
     assert again.returncode == 0, again.stderr
@@ -152,10 +133,9 @@ def test_an_interrupt_leaves_a_run_that_can_be_continued(scenario, tmp_path):
 
 def test_commits_every_few_rounds_resume_to_the_same_bits(scenario, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    simulate(scenario, whole)
-    simulate(scenario, torn, "checkpoint.every=4", "run.rounds=5")
-    done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings("checkpoint.every=2"))
-    assert done.returncode == 0, done.stderr
+    run_here(scenario, whole)
+    run_here(scenario, torn, "checkpoint.every=4", "run.rounds=5")
+    run_here(scenario, torn, "checkpoint.every=2", resume=True)
     assert last_checkpoint(torn) == last_checkpoint(whole)
 
 
@@ -178,7 +158,7 @@ def test_all_clients_failing_stops_the_run_with_the_last_good_model(scenario, tm
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: all 8 clients of the round failed; client")
-    assert _lines(out) == 2
+    assert rounds(out) == 2
     assert (out / "checkpoints" / "round-000002.safetensors").exists()
     assert (
         "Traceback"
@@ -225,7 +205,8 @@ def test_a_disk_that_fills_up_is_one_line_and_the_run_goes_on_later(scenario, tm
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))
 
-    done = fedcore("simulate", scenario, "--out", out, preexec_fn=limit)
+    command = [*COMMAND, "simulate", scenario, "--out", out]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=300, preexec_fn=limit)
     assert done.returncode == 1
     (line,) = done.stderr.splitlines()
     assert "cannot be written" in line
@@ -326,18 +307,6 @@ def test_memory_does_not_grow_with_the_cohort(scenario, tmp_path):
     assert (peaks[1] - peaks[0] < 40).all(), peaks
 
 
-def wait_for_rounds(out: Path, goal: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while _lines(out) < goal and process.poll() is None:
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
-
-
-def _lines(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
-
-
 def test_a_continuation_that_cannot_be_one_is_refused(scenario, tmp_path):
     (scenario.parent / "mine.py").write_text(DATA)
     out = tmp_path / "run"
@@ -360,7 +329,7 @@ def test_the_engine_is_recorded_and_kept_on_resume(scenario, tmp_path):
     assert (result["engine"], result["rounds"], result["int8_accuracy"]) == ("vmap", 3, None)
     other = fedcore("simulate", scenario, "--out", out, "--resume", *settings("engine.name=loop", "quantization.enabled=false"))
     assert (other.returncode, "engine.name is 'loop'" in other.stderr) == (2, True)
-    simulate(scenario, tmp_path / "loop", "run.rounds=3", "quantization.enabled=false")
+    run_here(scenario, tmp_path / "loop", "run.rounds=3", "quantization.enabled=false")
     loop, vmap = (metrics(folder)[-1] for folder in (tmp_path / "loop", out))
     assert vmap["train_loss"] == pytest.approx(loop["train_loss"], abs=1e-4)
 
@@ -469,14 +438,14 @@ def test_directories_that_are_no_place_for_a_run_are_refused(scenario, tmp_path)
 
 def test_a_kill_before_the_first_commit_can_be_resumed(scenario, tmp_path):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    values = ["checkpoint.every=100", "run.rounds=100", "evaluation.federated_every=0"]
-    process = subprocess.Popen([*COMMAND, "simulate", scenario, "--out", torn, *settings(*values)], stdout=subprocess.DEVNULL)
-    wait_for_rounds(torn, 2, process)
+    values = ["checkpoint.every=1000", "run.rounds=1000", "evaluation.federated_every=0"]
+    process = Command("simulate", scenario, "--out", torn, *settings(*values))
+    await_rounds(torn, 2, process)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     values[1] = "run.rounds=4"
     done = fedcore("simulate", scenario, "--out", torn, "--resume", *settings(*values))
     assert done.returncode == 0, done.stderr
-    simulate(scenario, whole, *values)
+    run_here(scenario, whole, *values)
     assert last_checkpoint(torn) == last_checkpoint(whole)
     assert untimed(torn) == untimed(whole)

@@ -68,8 +68,9 @@ class Federation:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         psutil.wait_procs(alive, timeout=15)
-        for log in sorted(self.folder.glob("*.log")):  # shown by pytest where the test failed
-            print(f"==== {log.name}\n{log.read_text()}")
+
+    def logs(self) -> str:
+        return "".join(f"==== {log.name}\n{log.read_text()}\n" for log in sorted(self.folder.glob("*.log")))
 
 
 def free_ports(count: int) -> list[int]:
@@ -91,12 +92,12 @@ def wait_until_healthy(address: str) -> None:
             time.sleep(0.2)
 
 
-@pytest.fixture
-def bare_federation(tmp_path):
+@contextlib.contextmanager
+def federation(folder: Path):
     """A SuperLink, known to ``flwr run`` as the connection ``local``."""
-    found = Federation(tmp_path)
-    (tmp_path / "home").mkdir()
-    (tmp_path / "home" / "config.toml").write_text(f'[superlink.local]\naddress = "127.0.0.1:{found.link}"\ninsecure = true\n')
+    found = Federation(folder)
+    (folder / "home").mkdir()
+    (folder / "home" / "config.toml").write_text(f'[superlink.local]\naddress = "127.0.0.1:{found.link}"\ninsecure = true\n')
     try:
         found.start("superlink", "flower-superlink", "--insecure", "--host", "127.0.0.1", "--port", str(found.link))
         yield found
@@ -104,28 +105,43 @@ def bare_federation(tmp_path):
         found.stop()
 
 
-@pytest.fixture
-def federation(bare_federation):
-    """The same with two SuperNodes."""
-    bare_federation.start_nodes([None, None])
-    return bare_federation
+class Begun:
+    """``flwr run`` of our app, which leaves its run in ``out``."""
+
+    def __init__(self, federation: Federation, *settings: str):
+        self.federation, self.folder, self.out = federation, federation.folder, federation.folder / "over-superlink"
+        config = " ".join([f'out="{self.out}"', *settings])
+        self.process = federation.start("flwr-run", "flwr", "run", str(APP), "local", "--stream", "--run-config", config)
+
+    def finish(self) -> Path:
+        assert self.process.wait(PATIENCE) == 0, self.federation.logs()
+        assert (self.out / "result.json").exists(), self.federation.logs()
+        return self.out
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """Both federations, at once: each takes a minute, of which it waits for the most part."""
+    with federation(tmp_path_factory.mktemp("plain")) as plain, federation(tmp_path_factory.mktemp("masked")) as masked:
+        plain.start_nodes([None, None])
+        unmasked = Begun(plain)
+        committee = Committee(masked)
+        masked.start_nodes([committee.enrol(f"node-{i}") for i in range(2)])
+        committee.write_scenario()
+        yield {"plain": unmasked, "masked": Begun(masked, f'scenario="{masked.folder}/scenario.toml"')}
 
 
 def master(run: Path, rounds: int = 2) -> np.ndarray:
     return safetensors.numpy.load_file(run / "checkpoints" / f"round-{rounds:06d}.safetensors")["master"]
 
 
-def test_two_rounds_over_a_superlink_give_the_simulated_model(federation, tmp_path):
-    out = tmp_path / "over-superlink"
-    command = federation.start("flwr-run", "flwr", "run", str(APP), "local", "--stream", "--run-config", f'out="{out}"')
-    assert command.wait(PATIENCE) == 0
-    assert (out / "result.json").exists(), "the run failed"
-
+def test_two_rounds_over_a_superlink_give_the_simulated_model(begun, tmp_path):
     config = load_config(APP / "scenario.toml")
     assert (config.run.rounds, config.data.clients, config.quantization.enabled) == (2, 2, True)
     with SimulatedRun(config, tmp_path / "simulated", resume=False) as run:
         simulated = list(run.rounds())
         run.finish()
+    out = begun["plain"].finish()
     assert np.abs(master(out) - master(tmp_path / "simulated")).max() <= 1e-5
     models = [decode_model((folder / "model" / "model.fcm").read_bytes()) for folder in (out, tmp_path / "simulated")]
     assert models[0].ranges == models[1].ranges
@@ -182,29 +198,24 @@ class Committee:
             )  # fmt: skip
         return addresses
 
+    def write_scenario(self) -> None:
+        """Of masked rounds, with operators that are begun."""
+        (self.folder / "scenario.toml").write_text(
+            '[run]\nname = "masked"\nrounds = 1\n[data]\ndataset = "digits"\nclients = 2\nholdout = 0.1\n[model]\nname = "mlp"\n'
+            "[quantization]\nenabled = false\n[evaluation]\nfederated_every = 1\n[secagg]\nenabled = true\n"
+            f"operators = {json.dumps(self.serve())}\noperator_fingerprints = {json.dumps(self.fingerprints)}\n"
+            f'trust = "{self.folder}/bundle.json"\ntrust_key = "{self.folder}/root/signing.pub"\n'
+        )
 
-def test_nodes_mask_what_they_send_and_the_sum_is_the_simulated_one(bare_federation, tmp_path):
-    committee = Committee(bare_federation)
-    bare_federation.start_nodes([committee.enrol(f"node-{i}") for i in range(2)])
-    scenario = tmp_path / "scenario.toml"
-    scenario.write_text(
-        '[run]\nname = "masked"\nrounds = 1\n[data]\ndataset = "digits"\nclients = 2\nholdout = 0.1\n[model]\nname = "mlp"\n'
-        "[quantization]\nenabled = false\n[evaluation]\nfederated_every = 1\n[secagg]\nenabled = true\n"
-        f"operators = {json.dumps(committee.serve())}\noperator_fingerprints = {json.dumps(committee.fingerprints)}\n"
-        f'trust = "{tmp_path}/bundle.json"\ntrust_key = "{tmp_path}/root/signing.pub"\n'
-    )
-    out = tmp_path / "over-superlink"
-    command = bare_federation.start(
-        "flwr-run", "flwr", "run", str(APP), "local", "--stream", "--run-config", f'out="{out}" scenario="{scenario}"'
-    )
-    assert command.wait(PATIENCE) == 0
-    assert (out / "result.json").exists(), "the run failed"
 
+def test_nodes_mask_what_they_send_and_the_sum_is_the_simulated_one(begun, tmp_path):
+    scenario = begun["masked"].folder / "scenario.toml"
     unmasked = scenario.read_text().partition("[secagg]")[0] + '[secagg]\nenabled = true\nsimulate = "arithmetic"\n'
     (tmp_path / "unmasked.toml").write_text(unmasked)
     with SimulatedRun(load_config(tmp_path / "unmasked.toml"), tmp_path / "simulated", resume=False) as run:
         simulated = list(run.rounds())
         run.finish()
+    out = begun["masked"].finish()
     # Nodes round with randomness of their own: to a step of 2^-20, of what both trained to the same bits.
     assert np.abs(master(out, 1) - master(tmp_path / "simulated", 1)).max() < 1e-5
     metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -33,6 +33,23 @@ def test_overrides_take_toml_values_and_bare_words(tmp_path):
     assert not config.quantization.enabled
 
 
+def test_workers_are_a_number_or_the_word_ray(tmp_path):
+    path = scenario(tmp_path, "[data]\nclients = 5")
+    for given, expected in (("4", 4), ("ray", "ray"), ("'ray'", "ray")):
+        config = load_config(path, [f"engine.workers={given}"])
+        assert config.engine.workers == expected
+        resolved = tmp_path / "resolved.toml"
+        resolved.write_text(config.to_toml())
+        assert load_config(resolved).engine.workers == expected
+    for wrong in ("-1", "1025", "Ray", "true", "1.5", "['ray']"):
+        with pytest.raises(Refused, match=r"engine\.workers must be an integer >= 0 and <= 1024, or ray, got"):
+            load_config(path, [f"engine.workers={wrong}"])
+    with pytest.raises(Refused, match=r'engine\.workers = "ray" trains on CPUs'):
+        load_config(path, ["engine.workers=ray", "engine.device=cuda"])
+    with pytest.raises(Refused, match=r"cohort\.size must be an integer"):  # the word is no number elsewhere
+        load_config(path, ["cohort.size=ray"])
+
+
 def test_overrides_reach_the_units_of_privacy(tmp_path):
     unit = "[[privacy]]\nunit = '{}'\nnoise_multiplier = 1.0\ndelta = 1e-4\n"
     one = scenario(tmp_path, BASE + unit.format("client"))
@@ -72,6 +89,10 @@ def test_overrides_reach_the_units_of_privacy(tmp_path):
         ("[data]\nclients = 5\n[cohort]\nsize = 6", ["cohort.size = 6 is more than data.clients = 5"]),
         ("[data]\nclients = 5\n[evaluation]\nfederated_every = 1", ["needs data.holdout > 0"]),
         ("[data]\nclients = 5\n[quantization]\ncalibrate_round = 99", ["after the last round"]),
+        (
+            '[data]\nclients = 5\n[quantization]\nenabled = false\n[wire]\nmodel = "int7"',
+            ['wire.model = "int7" needs quantization'],
+        ),
         ("[data]\nclients = 5\n[strategy.params]\nfraction_train = 0.5", ["fraction_train cannot be set", "cohort.size"]),
         ("[data]\nclients = 5\n[run]\nname = '../up'", ["run.name must be", "without slashes"]),
         ("[data]\nclients = 5\n[run]\nname = '.hidden'", ["no leading dot"]),

@@ -12,11 +12,11 @@ import logging
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb
@@ -27,12 +27,13 @@ from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.secagg.committee_wire import one_line
 from fedcore.secagg.keys import IDENTITY, new_signing_key, read_signing_key
 from fedcore_device.environment import Conditions, Environment
+from fedcore_device.native import onnxruntime_here
 from fedcore_device.policy import Policy
 from fedcore_device.rounds import Draw, RoundWork, draw_from_system
 from fedcore_device.state import State
 from fedcore_device.updates import Identity, Updater
 
-__all__ = ["Agent", "Stop", "default_directory", "enrol_device", "forget_device", "load_enrolled"]
+__all__ = ["Agent", "Gateway", "Stop", "default_directory", "enrol_device", "forget_device", "gateway_of", "load_enrolled"]
 
 _LOG = logging.getLogger(__name__)
 _RENEW_BEFORE = 30 * 86_400  # seconds before a certificate ends
@@ -40,6 +41,7 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 300.0  # seconds after a call that failed; d
 _REFUSED_PAUSE = 30.0  # seconds after a plan that the device refused, which the gateway may offer again
 _WRONG_CLOCK = 300.0
 _IMPORTANT = 600_000  # milliseconds by which the floor rises before it is written for its own sake
+_T = TypeVar("_T")
 _ENDS = {pb.REVOKED, pb.QUARANTINED, pb.PROTOCOL, pb.BAD_SIGNATURE, pb.TOKEN_REFUSED}
 
 
@@ -56,7 +58,9 @@ class Stop(Protocol):
 
 
 @dataclass(frozen=True)
-class _Gateway:
+class Gateway:
+    """Where a gateway is, as HOST:PORT, and whether without TLS."""
+
     address: str
     plain: bool = False
 
@@ -68,7 +72,7 @@ def enrol_device(state: State, server: str, token: str, *, plain: bool = False) 
         Refused: it is enrolled already, or the token or the gateway is not what it should be.
         TryAgain: the gateway cannot be reached.
     """
-    if state.kept("enrolment.bin"):
+    if (state.directory / "enrolment.bin").exists():
         raise Refused(f"{state.directory} is enrolled already; `fedcore-device forget` ends that")
     if not (state.directory / f"{IDENTITY}.key").exists():
         new_signing_key(state.directory, IDENTITY)
@@ -83,20 +87,50 @@ def load_enrolled(state: State) -> Enrolled:
     """The identity in the directory.
 
     Raises:
-        Refused: the device is not enrolled.
+        Refused: the device is not enrolled, or a file of its identity is damaged.
     """
-    enrolment, trust = state.kept("enrolment.bin"), state.kept("trust.bin")
-    if not (enrolment and trust):
+    if not (state.directory / "enrolment.bin").exists():
         raise Refused(f"{state.directory} is not enrolled; `fedcore-device enroll` does that")
-    key = read_signing_key(state.directory / f"{IDENTITY}.key")
-    return Enrolled(key, Enrolment.decode(enrolment), FleetTrust.decode(trust))
+    enrolment = _whole(state, "enrolment.bin", Enrolment.decode)
+    trust = _whole(state, "trust.bin", FleetTrust.decode)
+    return Enrolled(read_signing_key(state.directory / f"{IDENTITY}.key"), enrolment, trust)
+
+
+def _whole(state: State, name: str, decode: Callable[[bytes], _T]) -> _T:
+    try:
+        return decode(state.kept(name))
+    except Refused as error:
+        raise Refused(
+            f"{state.directory / name} is damaged ({error}): put a copy of it back, or `fedcore-device forget` and enrol with "
+            "a new token"
+        ) from None
+
+
+def gateway_of(state: State) -> Gateway:
+    """Where the device's gateway is.
+
+    Raises:
+        Refused: the file that says so is missing or damaged; nothing else is lost by that.
+    """
+    path = state.directory / "gateway.json"
+    try:
+        held = json.loads(state.kept(path.name))
+        found = Gateway(**held)
+        if isinstance(found.address, str) and isinstance(found.plain, bool):
+            return found
+    except (ValueError, TypeError, RecursionError):
+        pass
+    raise Refused(
+        f'{path} is damaged or missing: write the gateway that `fedcore-device enroll` was given into it, as {{"address": '
+        '"HOST:PORT", "plain": false}; the device stays enrolled'
+    )
 
 
 def forget_device(state: State) -> str:
     """Withdraw the device and erase its keys, checkpoints, history and installed models. What could not be told to the gateway,
     empty if all was."""
     told = ""
-    if state.kept("enrolment.bin"):
+    if (state.directory / "enrolment.bin").exists():
         try:
             client = _connect(state, Requests(load_enrolled(state), state.next_number, floor=state.floor))
             with contextlib.closing(client):
@@ -108,15 +142,13 @@ def forget_device(state: State) -> str:
 
 
 def _connect(state: State, requests: Requests) -> GatewayClient:
-    try:
-        place = _Gateway(**json.loads(state.kept("gateway.json")))
-    except (ValueError, TypeError):
-        raise Refused(f"{state.directory / 'gateway.json'} cannot be read") from None
+    place = gateway_of(state)
     return GatewayClient(place.address, requests, plain=place.plain, timeout=30.0)
 
 
 class Agent:
-    """One device. ``draw`` gives what a round's randomness comes from, which only comparisons with a simulation replace.
+    """One device. ``draw`` gives what a round's randomness comes from, which only comparisons with a simulation replace;
+    ``native``: directories of native libraries, see `fedcore_device.native`.
 
     Raises:
         Refused: the device is not enrolled.
@@ -124,10 +156,10 @@ class Agent:
 
     def __init__(
         self, state: State, environment: Environment, policy: Policy, *, draw: Draw = draw_from_system, look: float = 30.0,
-        monotonic: Callable[[], float] = time.monotonic,
+        monotonic: Callable[[], float] = time.monotonic, native: Sequence[Path] = (),
     ) -> None:  # fmt: skip
         self._state, self._environment, self._policy, self._draw = state, environment, policy, draw
-        self._look, self._monotonic = look, monotonic
+        self._look, self._monotonic, self._native = look, monotonic, native
         self._requests = Requests(load_enrolled(state), state.next_number, clock=environment.clock, floor=state.floor)
         self._failures = 0
         self._told_wait = 0.0
@@ -188,7 +220,7 @@ class Agent:
         try:
             with self._connected() as client:
                 doing = RoundWork(
-                    self._state, self._environment, self._policy, self._requests, client, self._draw, stopped
+                    self._state, self._environment, self._policy, self._requests, client, self._draw, stopped, self._native
                 )  # fmt: skip
                 wait = self._work(client, doing)
         except GatewayRefusal as refusal:
@@ -224,8 +256,9 @@ class Agent:
 
     def _body(self, doing: RoundWork) -> pb.CheckInBody:
         facts, now = self._policy.device, self._environment.conditions(training=False)
+        runtime = "onnxruntime" if onnxruntime_here() else "native"
         return pb.CheckInBody(
-            population=facts.population, tier=facts.tier, labels=facts.labels, runtime="onnxruntime", agent_version=_version(),
+            population=facts.population, tier=facts.tier, labels=facts.labels, runtime=runtime, agent_version=_version(),
             capabilities=doing.capabilities, round_key=self._round_key(), conditions=_told(now),
         )  # fmt: skip
 

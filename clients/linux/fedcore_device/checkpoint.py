@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedcore.errors import TryAgain
+from fedcore_device.state import write_durably
 
 __all__ = ["Progress", "load_progress", "restored_generator", "save_progress", "state_of"]
 
@@ -55,21 +54,7 @@ def save_progress(path: Path, fingerprint: str, progress: Progress) -> None:
     }).encode()  # fmt: skip
     arrays = [progress.parameters] + ([] if progress.velocity is None else [progress.velocity])
     content = b"".join([_MAGIC, _LENGTH.pack(len(header)), header, *(array.astype("<f4").tobytes() for array in arrays)])
-    fresh = path.with_name(path.name + ".new")
-    try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content + hashlib.sha256(content).digest())
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise TryAgain(f"checkpoint: {path} cannot be written: {error.strerror}") from error
+    write_durably(path, content + hashlib.sha256(content).digest())
 
 
 def load_progress(path: Path, fingerprint: str) -> Progress | None:

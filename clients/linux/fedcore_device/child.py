@@ -1,8 +1,8 @@
 """The process that works: ``python -m fedcore_device.child DIRECTORY``, confined before it reads anything that was received.
 
 In the directory: ``job.json`` (`write_job`), and afterwards ``upload.bin`` or ``vector.npy``, and ``result.json``. The exit code
-says what became of it: `DONE`, `PAUSED` (the checkpoint is there), `REFUSED` or `FAILED` (result.json says why). It is told neither
-the device's key nor the round's token.
+says what became of it: `DONE`, `PAUSED` (the checkpoint is there, or nothing can be written), `REFUSED`, `FAILED`, or `UNFIT`: the
+native library cannot do it (result.json says why). It is told neither the device's key nor the round's token.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ClientFailure, FedcoreError, Refused, TryAgain
+from fedcore_device.native import Unfit
 from fedcore_device.sandbox import confine
 from fedcore_device.state import write_durably
 
-__all__ = ["DONE", "FAILED", "PAUSED", "REFUSED", "read_job", "write_job"]
+__all__ = ["DONE", "FAILED", "LOADING", "PAUSED", "REFUSED", "UNFIT", "read_job", "write_job"]
 
-DONE, PAUSED, REFUSED, FAILED = 0, 10, 11, 12
+DONE, PAUSED, REFUSED, FAILED, UNFIT = 0, 10, 11, 12, 13
+LOADING = "native.loading"
+"""File that is there from the moment when a native library may do harm; before, only the owner's own code did. It grows by a byte
+when a call of the library begins, and by another when it ends."""
 _EVERY = 10  # steps between two checkpoints
 
 
@@ -31,7 +35,8 @@ def write_job(directory: Path, job: Mapping[str, Any]) -> None:
     """Write what a child is to do; bytes among the plan's settings are marked.
 
     Keys: ``examples``, ``model``, ``step``, ``frozen`` (paths), ``step_sha256``, ``settings``, ``encoding``, ``values``,
-    ``randomness``, ``memory``, ``seconds``; and ``evaluates``: the step is an evaluation graph.
+    ``randomness``, ``memory``, ``seconds``; ``evaluates``: the step is an evaluation graph; and where a native library trains
+    ``native``, the path of its description, and ``native_sha256``, its own checksum.
     """
     write_durably(directory / "job.json", json.dumps(job, default=lambda value: {"hex": bytes(value).hex()}).encode())
 
@@ -52,6 +57,8 @@ def _main() -> int:
     try:
         job = read_job(directory)
         told = _evaluate(directory, job) if job["evaluates"] else _work(directory, job)
+    except Unfit as error:
+        code, told = UNFIT, {"reason": str(error)}
     except Refused as error:
         code, told = REFUSED, {"reason": str(error)}
     except TryAgain as error:
@@ -59,7 +66,10 @@ def _main() -> int:
     except (FedcoreError, MemoryError) as error:
         code, told = FAILED, {"reason": str(error) or type(error).__name__}
     told["peak_memory_bytes"] = _peak_memory()
-    write_durably(directory / "result.json", json.dumps(told).encode())
+    try:
+        write_durably(directory / "result.json", json.dumps(told).encode())
+    except TryAgain:
+        return PAUSED
     return code
 
 
@@ -82,9 +92,10 @@ def _work(directory: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     signal.signal(signal.SIGTERM, lambda *_: stopping.append(1))
     task, release = _task(job), _release(job["settings"])
     began = time.monotonic()
+    engine = _engine(directory, job, task)
     resume = Resume(directory / "progress.bin", _EVERY)
     try:
-        trained = train(task, x, y, _randomness(job["randomness"]), resume=resume, keep_going=lambda: not stopping)
+        trained = train(task, x, y, _randomness(job["randomness"]), resume=resume, keep_going=lambda: not stopping, engine=engine)
         _check(trained.update, trained.loss, task.plan.privacy is not None, float(job["settings"]["max-update-norm"]))
     except ClientFailure:
         if release is None:
@@ -142,6 +153,23 @@ def _task(job: Mapping[str, Any]) -> Any:
 
     values, frozen, ranges = _received(job)
     return Task(read_step(Path(job["step"]).read_bytes(), job["step_sha256"]), values, _plan(job["settings"]), frozen, ranges)
+
+
+def _engine(directory: Path, job: Mapping[str, Any], task: Any) -> Any:
+    """The native library that the agent chose; None for ONNX Runtime."""
+    if not job.get("native"):
+        return None
+    from fedcore_device.compiled import load
+
+    calls = (directory / LOADING).open("ab", buffering=0)
+
+    def note() -> None:
+        try:
+            calls.write(b".")
+        except OSError as error:
+            raise TryAgain(f"{LOADING} cannot be written ({error.strerror})") from error
+
+    return load(Path(job["native"]), job["native_sha256"], task.step.form, frozen=task.frozen, ranges=task.ranges or {}, note=note)
 
 
 def _received(job: Mapping[str, Any]) -> tuple[Any, Any, Any]:

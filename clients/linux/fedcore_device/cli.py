@@ -51,6 +51,10 @@ def _parser() -> argparse.ArgumentParser:
         help="module:function, or a directory of .npz files with x and y; without, it only keeps models up to date",
     )  # fmt: skip
     run.add_argument("--conditions", type=Path, metavar="FILE", help="JSON file whose keys take the place of sensed conditions")
+    run.add_argument(
+        "--native", type=Path, action="append", metavar="DIR",
+        help="directory of native libraries to train with (default: fedcore/native in /usr/local/lib, /usr/lib, ~/.local/lib)",
+    )  # fmt: skip
     run.add_argument("--look", type=_seconds, default=30.0, metavar="SECONDS", help="between two looks at the conditions")
     run.set_defaults(call=_run)
     status = commands.add_parser("status", help="what this device is and does")
@@ -74,17 +78,29 @@ def _seconds(text: str) -> float:
     raise argparse.ArgumentTypeError(f"takes seconds above 0, got {text!r}")
 
 
-def _state(given: argparse.Namespace) -> State:
+def _state(given: argparse.Namespace, *, make: bool = False) -> State:
     from fedcore_device.agent import default_directory
 
-    return State(given.state or default_directory())
+    return State(given.state or default_directory(), make=make)
+
+
+def _existing(given: argparse.Namespace) -> State:
+    """For commands that do something with a device that is there.
+
+    Raises:
+        Refused: it is not.
+    """
+    state = _state(given)
+    if not state.directory.is_dir():
+        raise Refused(f"{state.directory} holds no device's state; `fedcore-device enroll` begins one, --state names another place")
+    return State(state.directory)
 
 
 def _enroll(given: argparse.Namespace) -> int:
     from fedcore.gateway.identity import spell
     from fedcore_device.agent import enrol_device
 
-    state = _state(given)
+    state = _state(given, make=True)
     token = given.token or os.environ.get("FEDCORE_TOKEN") or (
         getpass.getpass("enrolment token: ") if sys.stdin.isatty() else sys.stdin.readline()
     )  # fmt: skip
@@ -96,17 +112,20 @@ def _enroll(given: argparse.Namespace) -> int:
 
 def _run(given: argparse.Namespace) -> int:
     from fedcore.gateway.refusals import GatewayRefusal
-    from fedcore_device.agent import Agent
+    from fedcore_device.agent import Agent, gateway_of
     from fedcore_device.environment import LinuxEnvironment
+    from fedcore_device.native import default_directories
     from fedcore_device.policy import read_policy
 
     logging.basicConfig(format="%(levelname)s %(message)s", level=logging.INFO)
-    state, stop = _state(given), threading.Event()
+    state, stop = _existing(given), threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     with state.locked():
         environment = LinuxEnvironment(state.directory, given.examples, override=given.conditions)
-        agent = Agent(state, environment, read_policy(state.directory / "policy.toml"), look=given.look)
+        policy, native = read_policy(state.directory / "policy.toml"), given.native or default_directories()
+        agent = Agent(state, environment, policy, look=given.look, native=native)
+        gateway_of(state)  # what only a person can mend is told of at once
         print(f"running; state in {state.directory}", flush=True)
         try:
             agent.run(stop)
@@ -118,7 +137,8 @@ def _run(given: argparse.Namespace) -> int:
 
 def _status(given: argparse.Namespace) -> int:
     from fedcore.gateway.identity import spell
-    from fedcore_device.agent import load_enrolled
+    from fedcore_device.agent import gateway_of, load_enrolled
+    from fedcore_device.engines import Engines
     from fedcore_device.environment import LinuxEnvironment
     from fedcore_device.policy import read_policy
     from fedcore_device.standing import model_table
@@ -126,24 +146,32 @@ def _status(given: argparse.Namespace) -> int:
     state = _state(given)
     policy, environment = read_policy(state.directory / "policy.toml"), LinuxEnvironment(state.directory, "")
     why = policy.conditions.why_not(environment.conditions(training=False), environment.clock())
-    enrolled = load_enrolled(state) if state.kept("enrolment.bin") else None
-    work = state.work()
+    enrolled = load_enrolled(state) if (state.directory / "enrolment.bin").exists() else None
+    work, gateway, problem = state.work(), None, state.problem
+    try:
+        gateway = gateway_of(state).address if enrolled else None
+    except Refused as error:
+        problem = str(error)
     found: dict[str, Any] = {
         "state": str(state.directory),
         "device": spell(enrolled.device) if enrolled else None,
         "fleet": enrolled.trust.deployment if enrolled else None,
+        "gateway": gateway,
         "certificate_until": enrolled.enrolment.certificate.not_after if enrolled else None,
         "eligible": why or True,
         "round": {"task": work.task, "round": work.round, "phase": work.phase} if work else None,
+        "engine": Engines(state, ()).last(),
         "participations": {task: one.times for task, one in state.history().items()},
         "models": model_table(state),
-        "problem": state.problem or None,
+        "problem": problem or None,
     }
     if given.as_json:
         print(json.dumps(found))
         return 0
     for name, value in found.items():
-        if name != "models" and value not in (None, {}):
+        if name == "engine" and value:
+            print(f"{name:18} {value['engine']} trained round {value['round']} of {value['task']}: {value['why']}")
+        elif name != "models" and value not in (None, {}):
             print(f"{name:18} {'yes' if value is True else value}")
     _print_models(found["models"])
     return 0
@@ -182,7 +210,7 @@ def _update(given: argparse.Namespace) -> int:
     from fedcore_device.standing import model_table
     from fedcore_device.updates import ASKED
 
-    state = _state(given)
+    state = _existing(given)
     policy = read_policy(state.directory / "policy.toml")
     if not policy.updates.models:
         raise Refused(f"[updates] models of {state.directory / 'policy.toml'} names no model")
@@ -202,6 +230,9 @@ def _forget(given: argparse.Namespace) -> int:
     from fedcore_device.agent import forget_device
 
     state = _state(given)
+    if not state.directory.is_dir():
+        print(f"{state.directory} is not there: nothing is kept of this device")
+        return 0
     with state.locked():
         problem = forget_device(state)
     print("keys, checkpoints, history and installed models are erased")

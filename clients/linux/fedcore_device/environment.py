@@ -85,7 +85,7 @@ class LinuxEnvironment:
         charging, battery = self._power()
         found = Conditions(
             charging, self._unmetered(), self._idle(training=training), battery, self._temperature(),
-            shutil.disk_usage(self._directory).free,
+            shutil.disk_usage(next(one for one in (self._directory, *self._directory.absolute().parents) if one.exists())).free,
         )  # fmt: skip
         return _overridden(found, self._override) if self._override else found
 

@@ -20,7 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Scored:
-    """Sums over ``examples`` examples: ``correct`` top-1 predictions, and ``loss``, cross-entropy in nats, not always finite."""
+    """Sums over ``examples`` examples: ``correct`` top-1 predictions, and ``loss``, what the graph computes, not always finite."""
 
     examples: int
     correct: int

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from fedcore.errors import Refused
+from fedcore.registry.names import check_model
 from fedcore.registry.slots import Pointer, read_pointer
 from fedcore_device.state import write_durably
 
-__all__ = ["TIERS", "Trial", "health_path", "installed", "keep_trial", "model_directory", "read_trials"]
+__all__ = ["TIERS", "Trial", "damaged", "health_path", "installed", "keep_trial", "model_directory", "names", "read_trials"]
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", re.ASCII)
 TIERS = ("flagship", "entry", "wearable")
 """fedcore's own tiers, the largest first."""
 _KEPT = 3  # trials: of both slots, and of one that was found unfit
@@ -44,18 +43,32 @@ def model_directory(directory: Path, model: str) -> Path:
     Raises:
         Refused: a name that no model has.
     """
-    if not _NAME.fullmatch(model):
-        raise Refused(f"{model!r} names no model: 1 to 64 letters, digits, dots, dashes and underscores, no dash or dot first")
-    return directory / "models" / model
+    return directory / "models" / check_model(model)
 
 
 def installed(directory: Path) -> dict[str, Pointer]:
-    """What every model's pointer says, by name; one that is damaged is left out."""
+    """What every model's pointer says, by name; one that is damaged is left out, and `damaged` tells of it."""
     found = {}
-    for path in sorted((directory / "models").glob("*/pointer.json")):
-        with contextlib.suppress(Refused, OSError):
-            found[path.parent.name] = read_pointer(path.parent)
+    for name in names(directory):
+        with contextlib.suppress(Refused):
+            found[name] = read_pointer(directory / "models" / name)
     return found
+
+
+def damaged(directory: Path) -> dict[str, str]:
+    """Models whose pointer cannot be read, and what to do about it."""
+    found = {}
+    for name in names(directory):
+        try:
+            read_pointer(directory / "models" / name)
+        except Refused as error:
+            found[name] = str(error)
+    return found
+
+
+def names(directory: Path) -> list[str]:
+    """Models that have a pointer, whole or not."""
+    return [path.parent.name for path in sorted((directory / "models").glob("*/pointer.json"))]
 
 
 def health_path(place: Path, version: int) -> Path:

@@ -36,7 +36,7 @@ class ExamplePrivacy:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """SGD on mean cross-entropy, as `fedcore.training.plan.LocalPlan` defines it.
+    """SGD on the mean of the loss that the step computes, as `fedcore.training.plan.LocalPlan` defines it.
 
     Raises:
         Refused: a number out of range.

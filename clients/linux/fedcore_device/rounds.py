@@ -7,7 +7,8 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ClientFailure, FedcoreError, Refused, TryAgain
@@ -17,8 +18,9 @@ from fedcore.gateway.plan import to_table
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.portable.signature import SIGNATURE, check_step_signature
 from fedcore.secagg.committee_wire import one_line
-from fedcore_device.child import write_job
+from fedcore_device.engines import Engines, graph_of
 from fedcore_device.environment import Environment
+from fedcore_device.native import onnxruntime_here
 from fedcore_device.policy import Policy
 from fedcore_device.round_model import fetch_model, named_blobs
 from fedcore_device.state import State, Work, write_durably
@@ -33,7 +35,6 @@ _ENCODINGS = {
     pb.TRAIN: {pb.MEAN: ("float32", "int8", "contribution"), pb.EACH: ("float32", "int8"), pb.MASKED: ("masked",)},
     pb.EVALUATE: {pb.MEAN: ("score",), pb.EACH: ("score",), pb.MASKED: ("masked",)},
 }
-_GRAPHS = {pb.TRAIN: "step", pb.EVALUATE: "evaluation"}  # blobs that hold what is run
 _OVER = {pb.LATE, pb.NO_SUCH_ROUND, pb.OTHER_UPLOAD, pb.NO_SUCH_BLOB}
 _ASKING = 20.0  # seconds between two reports that the device is still at it
 _LOOKING = 5.0  # seconds between two looks at the conditions while it trains
@@ -45,12 +46,16 @@ def draw_from_system(_: pb.Plan) -> dict[str, Any]:
 
 
 class RoundWork:
-    """Does rounds with a ``client``; ``stopped`` says that the agent is to end, and the round goes on when it begins again."""
+    """Does rounds with a ``client``; ``stopped`` says that the agent is to end, and the round goes on when it begins again.
+
+    ``native``: directories of native libraries.
+    """
 
     def __init__(
         self, state: State, environment: Environment, policy: Policy, requests: Requests, client: GatewayClient, draw: Draw,
-        stopped: Callable[[], bool],
+        stopped: Callable[[], bool], native: Sequence[Path] = (),
     ) -> None:  # fmt: skip
+        self._engines = Engines(state, native)
         self._state, self._environment, self._policy = state, environment, policy
         self._requests, self._client, self._draw, self._stopped = requests, client, draw, stopped
         self._trust = requests.enrolled.trust
@@ -93,6 +98,7 @@ class RoundWork:
         for blob in plan.blobs:
             if blob.size > self._policy.limits.blob_bytes or len(blob.digest) != 32:
                 raise Refused(f"blob {one_line(blob.name)[:40]} has {blob.size} bytes; [limits] blob_bytes allows less")
+        self._engines.choose(plan)  # who has none declines before anything is noted
         drawn = dict(self._draw(plan)) | ({"visit": dict(visit)} if visit else {})
         return Work(
             plan.task, plan.round, assignment.plan.SerializeToString(), assignment.token, drawn, invitation=assignment.invitation
@@ -101,7 +107,7 @@ class RoundWork:
     @property
     def capabilities(self) -> tuple[str, ...]:
         """What the device says that it can do."""
-        evaluates = ("evaluate-1",) if self._policy.plan.evaluation else ()
+        evaluates = ("evaluate-1",) if self._policy.plan.evaluation and onnxruntime_here() else ()
         return (*CAPABILITIES, *evaluates, *(("secagg-1",) if self._trust.committee else ()))
 
     def go_on(self, work: Work) -> None:
@@ -167,8 +173,7 @@ class RoundWork:
         began, settings = time.monotonic(), to_table(plan)
         blobs = {blob.name: blob for blob in plan.blobs}
         self._state.keep_blobs(named_blobs(plan))
-        graph = _GRAPHS[plan.kind]
-        graph = f"early-{graph}" if f"early-{graph}" in blobs and not settings.get("activation-names") else graph
+        graph = graph_of(plan, settings)
         names = [f"{graph}-signature", graph, "model", *(["frozen"] if "frozen" in blobs else [])]
         if missing := [name for name in names if name not in blobs]:
             raise Refused(f"training step: the plan names no {missing[0]}")
@@ -181,15 +186,15 @@ class RoundWork:
             accepted = self._masking(work).accept(work.invitation, found["model"], settings)
         fetching = int(1000 * (time.monotonic() - began))
         limits, where = self._policy.limits, self._state
-        write_job(where.round, {
+        job = {
             "examples": self._environment.examples, "model": str(where.blob(blobs["model"].digest)),
             "step": str(where.blob(blobs[names[1]].digest)), "step_sha256": hashlib.sha256(step).hexdigest(),
             "frozen": str(where.blob(blobs["frozen"].digest)) if "frozen" in blobs else "", "settings": settings,
             "encoding": plan.upload_encoding, "values": plan.values, "memory": _address_space(limits.memory),
             "seconds": limits.seconds, "evaluates": plan.kind == pb.EVALUATE,
             "randomness": {name: value for name, value in work.randomness.items() if name != "visit"},
-        })  # fmt: skip
-        told = self._watched(work, plan)
+        }  # fmt: skip
+        told = self._engines.run(work, plan, job, lambda: self._watched(work, plan))
         if accepted is not None:
             vector = (where.round / "vector.npy").read_bytes()
             write_durably(where.round / "upload.bin", self._masking(work).upload(accepted, vector, where.directory))

@@ -26,10 +26,11 @@ from fedcore.errors import FedcoreError, Refused, TryAgain
 from fedcore.registry.slots import POINTER, Artefact, Release, read_pointer
 from fedcore_device.environment import Environment, LinuxEnvironment
 from fedcore_device.installed import TIERS, health_path, model_directory, read_trials
+from fedcore_device.runtime_arguments import check_options, checked_examples, not_installed
 from fedcore_device.runtime_artefact import CPU, Opened, default_delegates, usable_runtimes
 from fedcore_device.runtime_delegates import finite, give_up_delegate, one_line, open_through
 from fedcore_device.runtime_health import HealthFile
-from fedcore_device.runtime_server import Ask, SecondOpinion, ask_url, softmax
+from fedcore_device.runtime_server import Ask, SecondOpinion, ask_url, probabilities_of
 from fedcore_device.runtime_tier import Strain, StrainWatch
 
 __all__ = ["Loaded", "Runtime"]
@@ -82,7 +83,11 @@ class Runtime:
         delegates: Mapping[str, Sequence[str]] | None = None, strain: Strain | None = None, environment: Environment | None = None,
         server: Ask | str | None = None, confidence: float = 0.5, server_seconds: float = 1.0,
     ) -> None:  # fmt: skip
-        self._directory, self._memory, self._threads_each = Path(directory), memory, threads
+        check_options(memory, threads, tiers, delegates, strain, server, confidence, server_seconds)
+        try:
+            self._directory, self._memory, self._threads_each = Path(directory), memory, threads
+        except TypeError:
+            raise Refused(f"Runtime: takes the directory of an agent, got {directory!r}") from None
         self._tiers, self._delegates = tuple(tiers), dict(delegates or {})
         around = environment or LinuxEnvironment(self._directory, "")
         self._watch = StrainWatch(lambda: around.conditions(training=False), strain or Strain())
@@ -103,20 +108,22 @@ class Runtime:
 
         Args:
             x: floating point, as it was before the training data were normalised (images: in [0, 1]); the release says how it is
-                normalised. normalised: it is already. probabilities: the softmax of the logits.
+                normalised. normalised: it is already. probabilities: the softmax of the logits; of a model that was trained on the
+                squared error its outputs, those above zero divided by their sum.
 
         Raises:
             TryAgain: no release of the model is installed, or its file is damaged.
             Refused: ``x`` has another shape or type, or the model cannot be run; the line says which.
         """
         loaded = self._take(model)
-        batch, single = _checked(model, x, loaded.opened)
+        batch, single = checked_examples(model, x, loaded.opened.shape)
         logits, loaded = self._run(loaded, batch if normalised else _normal(batch, loaded.opened))
+        loss = loaded.opened.facts.loss
         if self._server is not None:
-            logits, asked, answered = self._server.over(model, batch, logits)
+            logits, asked, answered = self._server.over(model, batch, logits, loss)
             if asked:
                 loaded.health.add(server_asked=asked, server_answered=answered)
-        found = softmax(logits) if probabilities else logits
+        found = probabilities_of(logits, loss) if probabilities else logits
         return found[0] if single else found
 
     def labels(self, model: str) -> tuple[str, ...]:
@@ -137,6 +144,8 @@ class Runtime:
         """The model to run now, loaded."""
         if os.getpid() != self._process:
             raise Refused("this Runtime was made before the process was forked; every process makes its own")
+        if not isinstance(model, str):
+            raise Refused(f"{model!r} names no model: it takes the name of one that is installed")
         for _ in range(_TRIES):
             release = self._release(model)
             name, artefact = self._choose(model, release)
@@ -184,13 +193,19 @@ class Runtime:
         try:
             found = os.stat(path)  # noqa: PTH116 - at every call: a path object takes as long as the question
         except OSError:
-            raise TryAgain(f"no release of {model} is installed in {self._directory}; fedcore-device status says more") from None
+            raise TryAgain(not_installed(self._directory, model)) from None
         signature = (found.st_mtime_ns, found.st_ino, found.st_size)
         seen = self._seen.get(model)
         if seen is None or seen.signature != signature:
-            release = read_pointer(Path(path).parent).current
+            try:
+                release = read_pointer(Path(path).parent).current
+            except Refused as error:
+                if seen is None:
+                    raise
+                _LOG.warning("%s; release %d goes on", error, seen.release.version)
+                release = seen.release
             if release is None:
-                raise TryAgain(f"no release of {model} is installed in {self._directory}; fedcore-device status says more")
+                raise TryAgain(not_installed(self._directory, model))
             seen = self._seen[model] = _Seen(signature, release)
             self._unusable = {key: why for key, why in list(self._unusable.items()) if key[0] != model}  # others may add to it
         return seen.release
@@ -285,21 +300,6 @@ class Runtime:
             warm = {"decicelsius": max(0, round(10 * (self._watch.celsius or 0)))}
             loaded.health.add(1e6 * (time.perf_counter() - began) / len(batch), warm, calls=1)
             return logits, loaded
-
-
-def _checked(model: str, x: npt.NDArray[Any], opened: Opened) -> tuple[Floats, bool]:
-    """The examples as float32 [n, *shape], and whether it was one."""
-    x, shape = np.asarray(x), opened.shape
-    if x.dtype.kind != "f":
-        raise Refused(f"predict({model!r}): x has type {x.dtype}; it takes floating point, and bytes of images divided by 255")
-    single = x.shape == shape
-    if not single and (x.shape[1:] != shape or not len(x)):
-        wanted = ", ".join(map(str, shape))
-        raise Refused(f"predict({model!r}): x has shape {list(x.shape)}; it takes [{wanted}], or a batch [n, {wanted}]")
-    found = np.asarray(x[None] if single else x, np.float32)
-    if not np.isfinite(found).all():
-        raise Refused(f"predict({model!r}): x holds values that are not finite")
-    return found, single
 
 
 def _normal(x: Floats, opened: Opened) -> Floats:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from fedcore.errors import Refused
 
-__all__ = ["Ask", "SecondOpinion", "ask_url", "softmax"]
+__all__ = ["Ask", "SecondOpinion", "ask_url", "probabilities_of"]
 
 Floats = npt.NDArray[np.float32]
 Ask = Callable[[str, npt.NDArray[Any]], npt.NDArray[Any]]
@@ -29,10 +29,23 @@ _LOOPBACK = {"127.0.0.1", "localhost", "::1"}
 _LARGEST_ANSWER = 16 << 20
 
 
-def softmax(logits: Floats) -> Floats:
+def _softmax(logits: Floats) -> Floats:
     """Probabilities [n, classes]."""
     powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
     return np.asarray(powers / powers.sum(axis=-1, keepdims=True), np.float32)
+
+
+def probabilities_of(outputs: Floats, loss: str) -> Floats:
+    """Probabilities [n, classes] by a model that was trained on ``loss``.
+
+    The outputs of one of the squared error estimate them (the least squared error is the conditional mean of the one-hot target):
+    what is below zero counts as zero, the rest is divided by its sum; all classes are alike where nothing is above.
+    """
+    if loss != "squared":
+        return _softmax(outputs)
+    above = np.maximum(outputs, 0)
+    total = above.sum(axis=-1, keepdims=True)
+    return np.asarray(np.where(total > 0, above / np.where(total > 0, total, 1), 1 / outputs.shape[-1]), np.float32)
 
 
 class SecondOpinion:
@@ -48,9 +61,11 @@ class SecondOpinion:
         self._ask, self._confidence, self._seconds = ask, confidence, seconds
         self._free = threading.BoundedSemaphore(_AT_ONCE)
 
-    def over(self, model: str, x: npt.NDArray[Any], logits: Floats) -> tuple[Floats, int, int]:
+    def over(
+        self, model: str, x: npt.NDArray[Any], logits: Floats, loss: str = "cross_entropy"
+    ) -> tuple[Floats, int, int]:  # fmt: skip
         """Logits with the server's where it answered in time; for how many examples it was asked, and answered."""
-        unsure = np.flatnonzero(softmax(logits).max(axis=1) < self._confidence)
+        unsure = np.flatnonzero(probabilities_of(logits, loss).max(axis=1) < self._confidence)
         if not len(unsure):
             return logits, 0, 0
         answer = self._answer(model, x[unsure])

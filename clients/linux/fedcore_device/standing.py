@@ -9,7 +9,7 @@ from typing import Any
 
 from fedcore.errors import Refused
 from fedcore.registry.slots import Pointer
-from fedcore_device.installed import Trial, health_path, installed, model_directory, read_trials
+from fedcore_device.installed import Trial, damaged, health_path, installed, model_directory, read_trials
 from fedcore_device.runtime_health import Health, read_health
 from fedcore_device.state import State
 
@@ -40,9 +40,10 @@ def read_standings(state: State) -> dict[str, Standing]:
     Raises:
         Refused: the file is damaged.
     """
-    data = state.kept(STANDINGS)
+    if not (state.directory / STANDINGS).exists():
+        return {}
     try:
-        held = json.loads(data) if data else {}
+        held = json.loads(state.kept(STANDINGS))
         return {model: Standing(**(one | {"told": tuple(one["told"])})) for model, one in held.items()}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise Refused(f"{state.directory / STANDINGS} is damaged; remove it to begin anew with the next assignment") from None
@@ -80,9 +81,9 @@ def signals_of(trial: Trial | None, health: Health) -> dict[str, float]:
 
 def model_table(state: State) -> dict[str, dict[str, Any]]:
     """What people are shown of every model that is installed, or was asked for: versions, probation, health, the last problem."""
-    standings, pointers = read_standings(state), installed(state.directory)
+    standings, pointers, broken = read_standings(state), installed(state.directory), damaged(state.directory)
     found = {}
-    for model in sorted({*standings, *pointers}):
+    for model in sorted({*standings, *pointers, *broken}):
         pointer = pointers.get(model, Pointer())
         version = pointer.current.version if pointer.current else 0
         place = model_directory(state.directory, model)
@@ -92,6 +93,6 @@ def model_table(state: State) -> dict[str, dict[str, Any]]:
             "files": sorted(pointer.current.files) if pointer.current else [],
             "probation": pointer.current is not None and pointer.starts is not None, "unfit": dict(pointer.unfit),
             "signals": signals_of(read_trials(place).get(version), health) if version else {},
-            "problem": standings.get(model, Standing()).problem,
+            "problem": broken.get(model) or standings.get(model, Standing()).problem,
         }  # fmt: skip
     return found

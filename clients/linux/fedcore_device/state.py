@@ -10,13 +10,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedcore import durable
 from fedcore.errors import Refused, TryAgain
 
 __all__ = ["Participation", "State", "Work", "write_durably"]
@@ -30,15 +30,8 @@ def write_durably(path: Path, data: bytes, mode: int = 0o600) -> None:
     Raises:
         TryAgain: the disk is full or cannot be written.
     """
-    fresh = path.with_name(f".{path.name}.new")
     try:
-        descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        fresh.replace(path)
-        _sync(path.parent)
+        durable.write(path, data, mode)
     except OSError as error:
         raise TryAgain(f"{path} cannot be written ({error.strerror})") from error
 
@@ -87,20 +80,21 @@ class Work:
 
 
 class State:
-    """A device's directory, made if it is missing.
+    """A device's directory, made if it is missing; not by those who only look at it (``make`` = False), who see a new one then.
 
     Raises:
         Refused: it cannot be made, or others may enter it.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, make: bool = True) -> None:
         self.directory = directory
         self.round, self.blobs = directory / "round", directory / "blobs"
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            if directory.stat().st_mode & 0o077:
+            if make:
+                directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (make or directory.exists()) and directory.stat().st_mode & 0o077:
                 raise Refused(f"{directory} holds keys and may be entered by others; its mode must be 0700")
-            for one in (self.round, self.blobs):
+            for one in (self.round, self.blobs) if make else ():
                 one.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Refused(f"{directory} cannot be used ({error.strerror})") from error
@@ -152,11 +146,18 @@ class State:
         write_durably(self.directory / name, data)
 
     def kept(self, name: str) -> bytes:
-        """A file of the identity; empty where there is none."""
+        """A file of the identity; empty where there is none.
+
+        Raises:
+            Refused: it is there and cannot be read, which is no reason to begin as a new device.
+        """
+        path = self.directory / name
         try:
-            return (self.directory / name).read_bytes()
-        except OSError:
+            return path.read_bytes()
+        except FileNotFoundError:
             return b""
+        except OSError as error:
+            raise Refused(f"{path} cannot be read ({error.strerror}); its owner must be the user of the agent") from error
 
     # Participation
 
@@ -192,9 +193,9 @@ class State:
     def end_work(self) -> None:
         """Forget the round in progress and all that it left, its secrets first."""
         (self.directory / "round.json").unlink(missing_ok=True)
-        for path in self.round.iterdir():
+        for path in self.round.glob("*"):
             path.unlink()
-        _sync(self.directory)
+        durable.sync(self.directory)
 
     def blob(self, digest: bytes) -> Path:
         """Where a blob lies, or will."""
@@ -225,22 +226,17 @@ class State:
             if path.name in {"policy.toml", "lock"}:
                 continue
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-        _sync(self.directory)
+        durable.sync(self.directory)
 
     def _read(self, name: str) -> dict[str, Any]:
+        path = self.directory / name
         data = self.kept(name)
+        if not data and not path.exists():
+            return {}
         try:
-            return dict(json.loads(data)) if data else {}
-        except ValueError:
+            return dict(json.loads(data))
+        except (ValueError, TypeError):
             raise Refused(f"{self.directory / name} is damaged; `fedcore-device forget` and a new enrolment begin anew") from None
 
     def _write(self, name: str, table: Mapping[str, Any]) -> None:
         write_durably(self.directory / name, json.dumps(table).encode())
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,96 +1,46 @@
-"""A received training step or evaluation graph: what must hold of the file before it runs, and of every answer that it gives.
+"""A received training step or evaluation graph at work: what must hold of every answer that it gives.
 
-The file is read before ONNX Runtime sees it. That it computes what its author says cannot be read from it: a graph of the same
-shape that returned raw examples would run just as well. Who may publish a step is decided by signatures, outside this module;
-here every answer is held against the clipping norm, which bounds what any graph can carry out of a step; an evaluation gives no
-more than three numbers.
+The file was judged before (`fedcore.portable.judge`), by the rules of those who sign it. Here every answer is held against the
+clipping norm, which bounds what any graph can carry out of a step; an evaluation gives no more than three numbers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedcore.errors import ClientFailure, Refused
-from fedcore.portable.form import IR_VERSION, OPERATORS, OPSET, SIZE_LIMIT, EvaluationForm, GraphForm, StepForm, range_values
+from fedcore.portable.form import EvaluationForm, GraphForm, StepForm, range_values
+from fedcore.portable.judge import Step, open_session, read_evaluation, read_step
 from fedcore.quantization.wire import ActivationRange
-from fedcore_device.onnx_file import FLOAT, StepFile, read_step_file
 
-__all__ = ["Accumulate", "Evaluation", "Step", "read_evaluation", "read_step"]
+__all__ = ["Accumulate", "Engine", "Evaluation", "Step", "read_evaluation", "read_step"]
 
 Floats = npt.NDArray[np.float32]
 Form = TypeVar("Form", bound=GraphForm)
 _SLACK = 1e-4  # relative rounding error that single precision is allowed in the norm of a sum
 
 
-@dataclass(frozen=True)
-class Step(Generic[Form]):
-    """A file that may be run: its bytes, their SHA-256 in hexadecimal digits, and the sizes of its inputs."""
+class Engine(Protocol):
+    """What computes a step's answers: no more than ``most`` examples in one call. ``name`` is for people, ``fault`` the error that
+    an answer is which no step gives."""
 
-    data: bytes
-    sha256: str
-    form: Form
+    @property
+    def name(self) -> str: ...  # noqa: D102 - the class says it
+    @property
+    def most(self) -> int: ...  # noqa: D102 - the class says it
+    @property
+    def fault(self) -> type[Refused]: ...  # noqa: D102 - the class says it
 
-
-def read_step(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step[StepForm]:
-    """Check a received training step; ``sha256`` is the name that the plan gives it, ``limit`` the most bytes.
-
-    Raises:
-        Refused: too large, another hash, or anything in it that `fedcore.portable.form` does not describe.
-    """
-    return _read(data, sha256, limit, StepForm)
-
-
-def read_evaluation(data: bytes, sha256: str = "", limit: int = SIZE_LIMIT) -> Step[EvaluationForm]:
-    """Check a received evaluation graph, as `read_step` checks a step.
-
-    Raises:
-        Refused: as `read_step`.
-    """
-    return _read(data, sha256, limit, EvaluationForm)
-
-
-def _read(data: bytes, sha256: str, limit: int, kind: type[Form]) -> Step[Form]:
-    what = kind.WHAT
-    if len(data) > limit:
-        raise Refused(f"{what}: it has {len(data)} bytes, more than {limit}")
-    found = hashlib.sha256(data).hexdigest()
-    if sha256 and found != sha256:
-        raise Refused(f"{what}: its SHA-256 is {found}, the plan names {sha256}")
-    file = read_step_file(data)
-    if file.ir_version != IR_VERSION or file.opsets != (("", OPSET),):
-        raise Refused(f"{what}: it must have IR version {IR_VERSION} and opset {OPSET} of the standard domain alone")
-    if set(file.properties) != {kind.KEY}:
-        raise Refused(f"{what}: it must have the property {kind.KEY} and no other")
-    form = kind.from_json(file.properties[kind.KEY])
-    for side, stated, given in (("inputs", form.inputs(), file.inputs), ("outputs", form.outputs(), file.outputs)):
-        if list(given.items()) != [(name, (FLOAT, shape)) for name, shape in stated.items()]:
-            raise Refused(f"{what}: its {side} are not those that its form states")
-    _check_nodes(file)
-    return Step(data, found, form)
-
-
-def _check_nodes(file: StepFile) -> None:
-    """Known operators alone, each name written once, and before it is read."""
-    known = {*file.inputs, *file.constants}
-    if len(known) < len(file.inputs) + len(file.constants) or "" in known:
-        raise Refused("training step: two of its inputs and constants have one name")
-    for node in file.nodes:
-        if node.operator not in OPERATORS:
-            raise Refused(f"training step: operator {node.operator[:40]!r} is not one of a training step's")
-        if not known.issuperset(node.inputs):
-            raise Refused(f"training step: a {node.operator} reads what nothing before it has written")
-        if known.intersection(node.outputs) or len(set(node.outputs)) < len(node.outputs) or "" in node.outputs:
-            raise Refused(f"training step: a {node.operator} writes what is there already")
-        known.update(node.outputs)
-    if not known.issuperset(file.outputs):
-        raise Refused("training step: nothing writes its outputs")
+    def answer(
+        self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], clip: float
+    ) -> tuple[Floats, float, float]:
+        """Gradient, count and loss for the examples ``rows`` of x and labels, as the step's outputs."""
+        ...
 
 
 class _Session(Generic[Form]):
@@ -100,12 +50,14 @@ class _Session(Generic[Form]):
         Refused: ONNX Runtime cannot run the file, or what it needs is not given.
     """
 
+    fault = Refused
+
     def __init__(
         self, step: Step[Form], *, frozen: Floats | None, ranges: Mapping[str, ActivationRange] | None, threads: int
     ) -> None:
         self.step, form = step, step.form
-        self.name = f"{form.WHAT} {step.sha256[:16]}"
-        self._session = _session(step, threads)
+        self.name, self.most = f"{form.WHAT} {step.sha256[:16]}", form.batch
+        self._session = open_session(step, threads)
         self.given: dict[str, npt.NDArray[Any]] = {name: np.zeros(form.inputs()[name], np.float32) for name in ("x", "y", "mask")}
         if form.frozen:
             if frozen is None or frozen.shape != (form.frozen,) or not np.isfinite(frozen).all():
@@ -113,11 +65,15 @@ class _Session(Generic[Form]):
             self.given["frozen"] = np.ascontiguousarray(frozen, np.float32)
         if form.quantizers:
             self.given["ranges"] = range_values(ranges or {}, form.quantizers)
-        self._names = list(form.outputs())
+        self._inputs, self._names = form.inputs(), list(form.outputs())
 
-    def answer(self, parameters: Floats, x: Floats, labels: Any, rows: Any) -> tuple[Floats, float, float]:
+    def answer(
+        self, parameters: Floats, x: Floats, labels: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], clip: float = math.inf
+    ) -> tuple[Floats, float, float]:
         """The three outputs for the examples ``rows`` of x and labels, of which there are no more than the graph's batch."""
         given, used = self.given, len(rows)
+        if "clip" in self._inputs:
+            given["clip"] = np.asarray(clip, np.float32)
         given["parameters"] = parameters
         np.take(x, rows, axis=0, out=given["x"][:used], mode="clip")
         given["x"][used:] = 0
@@ -136,7 +92,8 @@ class _Session(Generic[Form]):
 
 
 class Accumulate:
-    """A training step, for one round's frozen parameters [f] and activation ranges.
+    """A training step, for one round's frozen parameters [f] and activation ranges; with ``engine`` that computes it, which was
+    given these, and not ONNX Runtime.
 
     Raises:
         Refused: ONNX Runtime cannot run the file, or what it needs is not given.
@@ -144,10 +101,10 @@ class Accumulate:
 
     def __init__(
         self, step: Step[StepForm], *, frozen: Floats | None = None, ranges: Mapping[str, ActivationRange] | None = None,
-        threads: int = 1,
+        threads: int = 1, engine: Engine | None = None,
     ) -> None:  # fmt: skip
         self.step = step
-        self._session = _Session(step, frozen=frozen, ranges=ranges, threads=threads)
+        self._engine: Engine = engine or _Session(step, frozen=frozen, ranges=ranges, threads=threads)
         self._squares = np.empty(step.form.parameters, np.float32)
 
     def __call__(
@@ -156,15 +113,15 @@ class Accumulate:
         """Sum of the gradients [d] of the examples ``rows`` of x [n, ...] and labels [n], and of their losses.
 
         With a finite ``clip`` every gradient is clipped to it, and an example whose gradient is not finite adds nothing, as in
-        `fedcore.training.dpsgd`. Any number of rows: they are taken in pieces of the step's batch.
+        `fedcore.training.dpsgd`. Any number of rows: they are taken in pieces of as many as the engine takes.
 
         Raises:
             Refused: the step's answer cannot be one of a step that does what its form says.
             ClientFailure: without clipping, a gradient that is not finite.
         """
         total, loss = None, 0.0
-        for first in range(0, len(rows), self.step.form.batch):
-            piece = rows[first : first + self.step.form.batch]
+        for first in range(0, len(rows), self._engine.most):
+            piece = rows[first : first + self._engine.most]
             gradient, own = self._piece(parameters, x, labels, piece, clip)
             total, loss = (gradient if total is None else np.add(total, gradient, out=total)), loss + own
         return (np.zeros(self.step.form.parameters, np.float32) if total is None else total), loss
@@ -179,7 +136,7 @@ class Accumulate:
         zeros = np.zeros((1, *self.step.form.input_shape), np.float32)
         gradient, _, _ = self._run(parameters, zeros, np.zeros(1, np.int64), np.zeros(batch, np.int64), clip)
         if gradient is None:
-            raise Refused(f"{self._session.name}: for inputs of zeros its answer is not finite")
+            raise self._engine.fault(f"{self._engine.name}: for inputs of zeros its answer is not finite")
 
     def _piece(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats, float]:
         gradient, _, loss = self._run(parameters, x, labels, rows, clip)
@@ -195,17 +152,18 @@ class Accumulate:
     def _run(self, parameters: Floats, x: Floats, labels: Any, rows: Any, clip: float) -> tuple[Floats | None, float, float]:
         """Gradient, count and loss; no gradient where it is not finite."""
         used = len(rows)
-        self._session.given["clip"] = np.asarray(clip, np.float32)
-        gradient, count, loss = self._session.answer(parameters, x, labels, rows)
+        gradient, count, loss = self._engine.answer(parameters, x, labels, rows, clip)
         with np.errstate(over="ignore"):
             # Not a product of BLAS, whose threads wait for each other wherever other work is running.
             norm = math.sqrt(float(np.square(gradient, out=self._squares).sum()))
         if count != used:
-            raise Refused(f"{self._session.name}: it counts {count:g} examples where there are {used}")
+            raise self._engine.fault(f"{self._engine.name}: it counts {count:g} examples where there are {used}")
         if not math.isfinite(norm):
             return None, count, loss
         if norm > used * clip * (1 + _SLACK):
-            raise Refused(f"{self._session.name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}")
+            raise self._engine.fault(
+                f"{self._engine.name}: the sum of {used} gradients has norm {norm:.6g}, more than {used} x {clip:.6g}"
+            )
         return gradient, count, loss
 
 
@@ -239,15 +197,3 @@ class Evaluation:
                 )
             right, total = right + int(correct), total + loss
         return right, total
-
-
-def _session(step: Step[Any], threads: int) -> Any:
-    import onnxruntime  # an agent at rest does without it
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 4
-    try:
-        return onnxruntime.InferenceSession(step.data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime has a tree of errors of its own
-        raise Refused(f"{step.form.WHAT} {step.sha256[:16]}: ONNX Runtime cannot load it ({type(error).__name__})") from error

@@ -23,7 +23,7 @@ from fedcore.quantization.wire import ActivationRange
 from fedcore_device.checkpoint import Progress, load_progress, restored_generator, save_progress, state_of
 from fedcore_device.noise import GaussianNoise, Randomness
 from fedcore_device.plan import TrainingPlan, batches, number_of_steps
-from fedcore_device.step import Accumulate, Step
+from fedcore_device.step import Accumulate, Engine, Step
 
 __all__ = ["Paused", "Resume", "Task", "Trained", "check_examples", "train"]
 
@@ -84,13 +84,15 @@ class Trained:
 
 def train(
     task: Task, x: Floats, labels: npt.NDArray[np.int64], randomness: Randomness, *, resume: Resume | None = None,
-    keep_going: Callable[[], bool] = lambda: True, threads: int = 1,
+    keep_going: Callable[[], bool] = lambda: True, threads: int = 1, engine: Engine | None = None,
 ) -> Trained:  # fmt: skip
     """Train on x [n, ...] with labels [n].
 
     ``keep_going`` is asked before every step. With ``resume`` the round's progress is written every few steps, when it is told
     to stop and at the end, and a later call with the same task and examples goes on from there, with the generators of the
     first call; it ends with the same bytes as a round that was never interrupted. The caller removes the file.
+
+    ``engine`` computes the task's step in the place of ONNX Runtime; the sums that it gives may be rounded otherwise.
 
     Raises:
         Paused: ``keep_going`` said no; without ``resume`` the work is lost.
@@ -109,7 +111,7 @@ def train(
         progress = Progress(task.start.copy(), velocity, 0, 0.0, 0, order, randomness.noise_key)
     steps = number_of_steps(len(x), task.plan)
     if progress.step < steps:
-        loop = _Loop(task, progress, x, labels, threads)
+        loop = _Loop(task, progress, x, labels, threads, engine)
         for rows in itertools.islice(batches(len(x), task.plan, restored_generator(progress.order)), progress.step, None):
             if not keep_going():
                 if resume:
@@ -125,9 +127,11 @@ def train(
 class _Loop:
     """Takes one step after another, which changes ``progress``."""
 
-    def __init__(self, task: Task, progress: Progress, x: Floats, labels: npt.NDArray[np.int64], threads: int) -> None:
+    def __init__(
+        self, task: Task, progress: Progress, x: Floats, labels: npt.NDArray[np.int64], threads: int, engine: Engine | None
+    ) -> None:
         self.task, self.progress, self.x, self.labels = task, progress, x, labels
-        self.accumulate = Accumulate(task.step, frozen=task.frozen, ranges=task.ranges, threads=threads)
+        self.accumulate = Accumulate(task.step, frozen=task.frozen, ranges=task.ranges, threads=threads, engine=engine)
         privacy = task.plan.privacy
         self.clip = privacy.clipping_norm if privacy else math.inf
         self.accumulate.probe(task.start, self.clip)

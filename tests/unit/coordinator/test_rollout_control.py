@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from dataclasses import replace
 from datetime import UTC, datetime
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from fedcore.coordinator import release_status
+from fedcore.coordinator.fleet import FleetFolder
 from fedcore.coordinator.release_status import Steward, attend
 from fedcore.coordinator.releases import Registry, create_release, roll_back
 from fedcore.coordinator.rollouts import Deployment, Order, RolloutControl, Shape, plan_for
@@ -16,20 +18,26 @@ from fedcore.errors import Refused, TryAgain
 from fedcore.gateway.identity import spell
 from fedcore.registry.catalogue import Catalogue, Entry, artefact
 from fedcore.registry.files import LocalFiles
-from fedcore.registry.journal import check_chain
+from fedcore.registry.journal import Journal, check_chain
 from fedcore.registry.keys import load_signers, make_keys
 from fedcore.registry.repository import create, publish
-from fedcore.registry.rollout import arm_of, decide, new_rollout, place_of, room
-from fedcore.state.gateway import open_gateway_store
+from fedcore.registry.rollout import Test, arm_of, decide, new_rollout, place_of, room
+from fedcore.registry.rollout_record import decision_record
+from fedcore.state.gateway import Device, open_gateway_store
 from fedcore.state.releases import Holding, Membership, Visit, Worst
 
 NOW, OPS = 1_800_000_000.0, Order("ops", "because")
 FINE = {"disagreement": 0.02, "errors": 0.0, "crash": 0.0, "p95_ms": 10.0, "peak_bytes": 5e6}
 
 
-def offered(*versions):
+def offered(*versions, untested=()):
     custom = {"kind": "artefact", "model": "digits", "tier": "flagship", "runtime": "onnx", "form": "file"}
-    return Catalogue(tuple(Entry(f"p{v}", bytes([v]) * 32, 5, custom | {"version": v}) for v in versions))
+    batch = {"kind": "self-test", "model": "digits"}
+    return Catalogue(tuple(
+        Entry(f"{kind['kind']}{v}", bytes([v]) * 32, 5, kind | {"version": v})
+        for v in versions
+        for kind in (custom, *([batch] if v not in untested else []))
+    ))  # fmt: skip
 
 
 class World:
@@ -39,7 +47,9 @@ class World:
         self.control = RolloutControl(self.store, folder / "releases.jsonl", lambda: self.now)
         self.control.start("digits", 1, offered(1), Shape(), OPS)
         for device in range(fleet):
-            held = Holding(device, "digits", 1, labels=("lab",) if device % 2 else (), seen=NOW)
+            labels = ("lab",) if device % 2 else ()
+            self.store.register(Device(device, 1, bytes([device]) * 32, 2_000_000_000, NOW, labels=labels))
+            held = Holding(device, "digits", 1, labels=("lab", "none"), seen=NOW)  # as if a store of before held their own words
             self.store.releases.visit(Visit(held, ("digits-1", 1)))
 
     def records(self):
@@ -272,9 +282,149 @@ def test_a_budget_shows_on_a_few_devices_what_medians_cannot(world):
     world.now += 101
     _, decision, tests = world.control.decide("digits")
     assert decision == "abort"
-    assert {test.signal for test in tests if test.harmful} == {"p95_ms above 50 on at most 0.25"}
+    assert {test.signal for test in tests if test.harmful} == {"p95_ms above 50 or untold on more than 0.25"}
     with pytest.raises(Refused, match="no amount 'errors'"):
         plan_for("digits", 9, None, replace(HALVES, budgets={"errors": 1.0}), 40, 0)
+
+
+def test_agreement_is_compared_only_where_both_releases_have_a_self_test_batch(world):
+    """A device of a release without a batch cannot report agreement, and must not be taken for one that hides it."""
+    state = world.control.start("digits", 2, offered(1, 2, untested=(2,)), HALVES, OPS)
+    bare = {name: value for name, value in FINE.items() if name != "disagreement"}
+    world.join(lambda arm, device: (bare if arm == "canary" else FINE) | {"p95_ms": 10 + 0.01 * device})
+    world.now += 101
+    state, decision, tests = world.control.decide("digits")
+    assert (state.phase, decision, [test for test in tests if test.harmful]) == ("running", "inconclusive", [])
+    assert {test.signal for test in tests} == {"errors", "crash", "p95_ms", "peak_bytes", "joules", "celsius", "silence"}
+
+
+@pytest.mark.parametrize("untested", [(), (1,), (2,), (1, 2)])
+def test_which_signals_two_releases_share(world, untested):
+    plan = world.control.start("digits", 2, offered(1, 2, untested=untested), HALVES, OPS).plan
+    assert ("disagreement" in {one.name for one in plan.signals}) == (not untested)
+
+
+def test_promote_goes_one_stage_on_and_is_recorded_with_the_evidence(world):
+    world.control.start("digits", 2, offered(1, 2), replace(HALVES, stages=(0.2, 0.3, 0.4)), OPS)
+    world.join(bad)
+    world.now += 101
+    for stage in (1, 2):
+        state = world.control.order("digits", "promote", OPS)
+        assert (state.phase, state.stage) == ("running", stage)
+        last = world.records()[-1]
+        assert (last["event"], last["by"], last["why"], last["stage"]) == ("promote", "ops", "because", stage)
+        assert {row["signal"] for row in last["evidence"] if row["harmful"]} == {"disagreement"}, "what was overridden is told"
+    assert world.control.order("digits", "promote", OPS).phase == "full"
+    with pytest.raises(Refused, match="the rollout is full: promote is possible when it is running or paused"):
+        world.control.order("digits", "promote", OPS)
+
+
+def test_evidence_that_is_beyond_all_bounds_is_recorded(world):
+    """Infinity is no JSON: a journal that cannot write it would keep the rollout from its abort."""
+    test = Test("all", "crash", 9, 9, (0, 0), math.inf, 3.0, -math.inf, 3.0)
+    state = world.control.running("digits").state
+    record = decision_record(state, "abort", [test], NOW)
+    Journal(world.path / "other.jsonl").append(record)
+    written = json.loads((world.path / "other.jsonl").read_text())["evidence"][0]
+    assert (written["harm"], written["fine"], written["harmful"]) == (None, None, True)
+
+
+def test_only_the_last_rollouts_are_kept_and_all_audit_records(world):
+    shape = replace(HALVES, kept=3)
+    for version in range(2, 9):
+        world.control.start("digits", version, offered(*range(1, 9)), shape, OPS)
+        world.join(lambda arm, device: FINE)
+        world.control.order("digits", "promote", OPS)
+        assert world.control.running("digits").state.phase == "full"
+    assert [one.entry.name for one in world.control.all_of("digits")] == ["digits-6", "digits-7", "digits-8"]
+    assert world.store.releases.members("digits-5") == []
+    assert len(world.store.releases.members("digits-6")) == 40
+    started = [one["rollout"] for one in world.records() if one["event"] == "start"]
+    assert started == [f"digits-{version}" for version in range(1, 9)]
+    with pytest.raises(Refused, match="at least 1, got 0"):
+        world.control.start("digits", 9, offered(8, 9), replace(HALVES, kept=0), OPS)
+
+
+def test_what_a_rollout_needs_is_never_withdrawn(world):
+    registry = repository(world.path, 1, 2, 3)
+    world.control.start("digits", 3, registry.catalogue(), HALVES, OPS)
+    assert world.control.needed() == {"digits": {1, 3}}
+    export = exported(world.path)
+    for version in (4, 5, 6):
+        made = create_release(export, "digits", None, registry, keep=1, needed=world.control.needed())
+        assert made.version == version
+        assert registry.catalogue().releases() == {("digits", one) for one in (1, 3, version)}
+    world.control.order("digits", "abort", OPS)
+    with pytest.raises(Refused, match="no fleet says which of them its rollouts need"):
+        create_release(export, "digits", None, registry, keep=1)
+    assert roll_back(world.control, registry, "digits", OPS) == 7
+    assert world.control.needed() == {"digits": {1, 3, 7}}
+    create_release(export, "digits", None, registry, keep=1, needed=world.control.needed())
+    assert {version for _, version in registry.catalogue().releases()} == {1, 3, 7, 8}
+
+
+def test_side_by_side_what_the_rest_has_is_needed_too(world):
+    world.control.start("digits", 3, offered(1, 2, 3), replace(HALVES, stages=(0.3,), control=0.3), OPS, against=2)
+    assert world.control.needed() == {"digits": {1, 2, 3}}
+
+
+def exported(folder):
+    """What an export leaves, as far as a release looks at it."""
+    (folder / "export" / "flagship" / "onnx").mkdir(parents=True)
+    (folder / "export" / "flagship" / "onnx" / "model.onnx").write_bytes(b"weights")
+    row = {"tier": "flagship", "target": "onnx", "status": "exported", "gate": "pass"}
+    (folder / "export" / "export.json").write_text(json.dumps({"rows": [row]}))
+    return folder / "export"
+
+
+@pytest.mark.parametrize("length", [40, 41])
+def test_a_models_name_is_bounded_by_one_rule_before_anything_is_published(world, length):
+    name, registry = "m" * length, repository(world.path)
+    if length == 40:
+        made = create_release(exported(world.path), name, None, registry)
+        state = world.control.start(name, made.version, registry.catalogue(), Shape(), OPS)
+        assert state.plan.name == f"{name}-1"
+        return
+    calls = (
+        lambda: create_release(exported(world.path), name, None, registry),
+        lambda: world.control.start(name, 1, registry.catalogue(), Shape(), OPS),
+        lambda: artefact(name, 1, "flagship", "onnx", "m", b"x"),
+    )
+    for call in calls:
+        with pytest.raises(Refused, match="names no model: 1 to 40 letters"):
+            call()
+    assert registry.catalogue().releases() == set()
+
+
+def test_reasons_of_devices_that_refused_are_counted_and_stay(world):
+    def told(device, note, version=1):
+        world.store.releases.visit(Visit(Holding(device, "digits", version, seen=world.now, note=note), ("digits-1", 1)))
+
+    for device in range(8):
+        told(device, f"release 2: self-test: agreement 0.1{device} is below 0.8")
+    told(8, "release 2: self-test: the process that loaded it was ended by SIGSEGV")
+    for device in range(9):
+        told(device, "")  # the next visit has nothing new to say
+    told(7, "", version=3)  # and this one runs another release meanwhile
+    found = release_status.standing(world.control, "digits", NOW)["refused"]
+    assert found == {
+        "1 runs, release 2: self-test: agreement 0.10 is below 0.8": 7,
+        "1 runs, release 2: self-test: the process that loaded it was ended by SIGSEGV": 1,
+    }
+    for device in range(20, 28):
+        told(device, f"release 2: reason {'abcdefgh'[device - 20]}")
+    found = release_status.standing(world.control, "digits", NOW)["refused"]
+    assert (len(found), found["other reasons"], sum(found.values())) == (6, 5, 16)
+
+
+def test_a_damaged_gateway_json_is_no_fleet_with_other_places(tmp_path):
+    (tmp_path / "fleet").mkdir()
+    for damage in ("", "{", "[]", "7"):
+        (tmp_path / "gateway.json").write_text(damage)
+        with pytest.raises(Refused, match=r"gateway\.json is damaged"):
+            Deployment.of(tmp_path)
+        with pytest.raises(Refused, match=r"gateway\.json is damaged"):
+            open_gateway_store(FleetFolder(tmp_path).store)
 
 
 def test_places_are_secret_and_new_for_every_rollout(world):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedcore.config import DataConfig
 from fedcore.data import Dataset, Examples, load_dataset
-from fedcore.data.datasets import FASHION_MNIST, _smartwatch_recordings, _test_recordings, stratified
+from fedcore.data.datasets import FASHION_MNIST, _digits_table, _smartwatch_recordings, _test_recordings, stratified
 from fedcore.errors import Refused
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -101,6 +101,17 @@ def test_digits():
     )
     values, labels = load_digits(return_X_y=True)
     assert dealt == sorted(zip(map(bytes, values.astype(np.uint8)), labels, strict=True))
+
+
+def test_digits_come_from_scikit_learns_file_or_from_its_function(monkeypatch):
+    from sklearn.datasets import load_digits  # noqa: F401 - in time, what it imports looks for modules too
+
+    from_file = _digits_table()
+    elsewhere = types.SimpleNamespace(submodule_search_locations=["nowhere"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: elsewhere)
+    np.testing.assert_array_equal(_digits_table(), from_file)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "needs scikit-learn" in refusal(dataset="digits")
 
 
 @pytest.mark.parametrize("name", ["digits", "smartwatch"])

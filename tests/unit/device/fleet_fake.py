@@ -140,10 +140,10 @@ def assignment(found, key=PLAN):
     return pb.Assignment(plan=sign_plan(key, found), token=b"token")
 
 
-def doing(state, world, gateway, policy=LOOSE, stopped=lambda: False, draw=None):
+def doing(state, world, gateway, policy=LOOSE, stopped=lambda: False, draw=None, native=()):
     counter = itertools.count(1)
     requests = Requests(enrolled(), lambda: next(counter), clock=world.clock, floor=state.floor)
-    return RoundWork(state, world, policy, requests, gateway, draw or fixed_draw, stopped)
+    return RoundWork(state, world, policy, requests, gateway, draw or fixed_draw, stopped, native)
 
 
 def fixed_draw(_):

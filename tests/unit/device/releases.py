@@ -23,13 +23,13 @@ LABELS = ("up", "down", "left", "right")
 
 
 @functools.cache
-def written(runtime="onnx", name="mlp", seed=0, mean=(0.0,), std=(1.0,)):
+def written(runtime="onnx", name="mlp", seed=0, mean=(0.0,), std=(1.0,), loss=""):
     """The bytes of an exported model, its exporter's module and the examples [60, ...] that it was calibrated with."""
     torch.manual_seed(seed)
     network, x = ZOO[name](SHAPES[name], CLASSES), torch.randn(60, *SHAPES[name])
     calibrate(make_quantization_aware(network).eval(), [x])
     model = with_logit_peak(lower(network, SHAPES[name]), x.numpy())
-    facts = Facts(name=name, version="1", tier="flagship", labels=LABELS, mean=mean, std=std)
+    facts = Facts(name=name, version="1", tier="flagship", labels=LABELS, mean=mean, std=std, more={"loss": loss} if loss else {})
     with tempfile.TemporaryDirectory() as folder:
         return exporter(runtime).write(model, Path(folder), facts).read_bytes(), x.numpy()
 

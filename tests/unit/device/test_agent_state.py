@@ -9,12 +9,19 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from device_releases import put
+from fedcore_device.agent import Gateway, gateway_of, load_enrolled
+from fedcore_device.cli import main
 from fedcore_device.environment import Conditions, LinuxEnvironment
 from fedcore_device.examples import load_examples
 from fedcore_device.policy import Eligibility, Policy, read_policy
+from fedcore_device.standing import read_standings
 from fedcore_device.state import Participation, State, Work
 
 from fedcore.errors import Refused, TryAgain
+from fedcore.gateway.messages import Enrolment, FleetTrust
+from fedcore.registry.slots import Store
+from fedcore.secagg.messages import Certificate
 
 GOOD = Conditions(battery_percent=80, temperature=40.0, free_storage=1 << 40)
 DEVICE = Path(__file__).parents[3] / "clients" / "linux"
@@ -93,6 +100,94 @@ class TestState:
         (state.round / "progress.bin").write_bytes(b"x")
         state.erase()
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["policy.toml"]
+
+
+class TestDamage:
+    """Files that are damaged are named, with what to do; the device never begins anew by itself, and nothing is lost."""
+
+    def world(self, tmp_path):
+        put(tmp_path / "s", 1, {"flagship/onnx": b"x"})
+        (tmp_path / "s").chmod(0o700)
+        state = State(tmp_path / "s")
+        state.keep("gateway.json", b'{"address": "g:1", "plain": false}')
+        state.raise_floor(5)
+        return state
+
+    def contents(self, folder):
+        return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b"{}", b'{"address": 5, "plain": false}', b"[" * 100_000, b"\xff", None])
+    def test_a_damaged_gateway_json(self, tmp_path, damage):
+        state = self.world(tmp_path)
+        path = state.directory / "gateway.json"
+        assert gateway_of(state) == Gateway("g:1")
+        path.unlink()
+        if damage is not None:
+            path.write_bytes(damage)
+        before = self.contents(tmp_path)
+        with pytest.raises(Refused, match=rf"{path} is damaged or missing: write the gateway .*the device stays enrolled") as found:
+            gateway_of(state)
+        assert "\n" not in str(found.value)
+        assert self.contents(tmp_path) == before
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b"{}", b"null"])
+    def test_a_damaged_pointer(self, tmp_path, capsys, damage):
+        state = self.world(tmp_path)
+        path = state.directory / "models" / "digits" / "pointer.json"
+        path.write_bytes(damage)
+        before = self.contents(tmp_path)
+        with pytest.raises(Refused, match=f"{path} is damaged"), Store(path.parent):
+            pass
+        assert main(["--state", str(state.directory), "models", "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)["digits"]
+        assert str(path) in told["problem"]
+        assert "put a copy of it back, or remove it" in told["problem"]
+        assert {name: data for name, data in self.contents(tmp_path).items() if name.name != "lock"} == before
+
+    @pytest.mark.parametrize("name", ["enrolment.bin", "trust.bin"])
+    @pytest.mark.parametrize("damage", [b"", b"x"])
+    def test_a_damaged_identity_is_no_new_device(self, tmp_path, capsys, name, damage):
+        state = self.world(tmp_path)
+        enrolment = Enrolment(7, Certificate("watches", 1, b"k" * 32, 2**31, bytes(64)), bytes(64))
+        trust = FleetTrust("watches", bytes(32), (bytes(32),), (bytes(32),), (bytes(32),), b"", b"", b"")
+        state.keep("enrolment.bin", enrolment.encode())
+        state.keep("trust.bin", trust.encode())
+        state.keep(name, damage)
+        with pytest.raises(Refused, match=rf"{name} is damaged .*put a copy of it back"):
+            load_enrolled(state)
+        words = ["--state", str(state.directory), "enroll", "--server", "g:1", "--token", "fedcore1.x"]
+        assert main(words) == 2
+        assert main(["--state", str(state.directory), "status"]) == 2
+        if name == "enrolment.bin":
+            assert "is enrolled already" in capsys.readouterr().err
+
+    def test_a_file_of_another_kind_is_not_none(self, tmp_path):
+        state = self.world(tmp_path)
+        (state.directory / "trust.bin").mkdir()
+        with pytest.raises(Refused, match=r"trust\.bin cannot be read"):
+            state.kept("trust.bin")
+        (state.directory / "numbers.json").write_bytes(b"")
+        with pytest.raises(Refused, match=r"numbers\.json is damaged"):
+            State(state.directory).next_number()
+        (state.directory / "updates.json").write_bytes(b"")
+        with pytest.raises(Refused, match=r"updates\.json is damaged"):
+            read_standings(state)
+
+    def test_who_only_looks_makes_nothing(self, tmp_path, capsys):
+        for words, code in (
+            (["status"], 0),
+            (["models"], 0),
+            (["status", "--json"], 0),
+            (["run"], 2),
+            (["update"], 2),
+            (["forget"], 0),
+        ):
+            assert main(["--state", str(tmp_path / "none" / "s"), *words]) == code
+            assert list(tmp_path.iterdir()) == []
+        assert "holds no device's state; `fedcore-device enroll` begins one" in capsys.readouterr().err
+        (tmp_path / "s").mkdir(mode=0o700)
+        assert main(["--state", str(tmp_path / "s"), "status"]) == 0
+        assert list((tmp_path / "s").iterdir()) == []
 
 
 class TestPolicy:

@@ -21,6 +21,7 @@ from fedcore_device.training import train_in_child
 from fleet_fake import LOOSE, OTHER, PUBLISHER, Gateway, World, assignment, doing, enrolled, fresh_state, plan, settings
 from onnx import helper
 
+from fedcore.config import LOSSES
 from fedcore.errors import ClientFailure, Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.sums import UploadTerms, encode_score, read_upload
@@ -90,14 +91,15 @@ def test_a_device_uploads_the_score_of_its_held_out_examples(device):
     assert encode_score(examples_, correct, loss) == gateway.uploads[0]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "imu_cnn"])
-def test_scores_are_those_of_a_simulated_client(name, quantized):
+def test_scores_are_those_of_a_simulated_client(name, quantized, loss):
     model = network(name, quantized)
     x, y = examples(name, 30, seed=4)
-    graph = read_evaluation(portable_evaluation(model, SHAPES[name], batch=8).data)
+    graph = read_evaluation(portable_evaluation(model, SHAPES[name], batch=8, loss=loss).data)
     found = score_examples(graph, start_of(model), x, y, ranges=activation_ranges(model))
-    score = evaluate(model, torch.from_numpy(x), torch.from_numpy(y))
+    score = evaluate(model, torch.from_numpy(x), torch.from_numpy(y), loss)
     if not quantized:  # else values in the middle between two steps of a grid may round either way
         assert found.correct == score.correct
     assert abs(found.correct - score.correct) <= 1

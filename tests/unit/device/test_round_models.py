@@ -14,10 +14,10 @@ from fedcore.models import layout_of
 from fedcore.quantization.wire import decode_model, encode_model
 
 
-def models(count):
+def models(count, weights="int8"):
     """Models of consecutive rounds, encoded: a few weights differ."""
-    model = network("mlp", quantized=True)  # int8 on the wire
-    layout, values, rng = layout_of(model, trainable=True), start_of(model), np.random.default_rng(0)
+    model = network("mlp", quantized=True)
+    layout, values, rng = layout_of(model, trainable=True, weights=weights), start_of(model), np.random.default_rng(0)
     found = []
     for _ in range(count):
         found.append(encode_model(layout.wire_tensors(values)))
@@ -55,10 +55,11 @@ def go(device, found):
     return ["delta" if name.startswith("model-from-") else name for name in fetched]
 
 
-def test_a_device_that_holds_the_last_model_fetches_the_difference(device, tmp_path):
+@pytest.mark.parametrize("weights", ["int8", "int7"])
+def test_a_device_that_holds_the_last_model_fetches_the_difference(device, tmp_path, weights):
     state, _, gateway = device
     blobs = Blobs(tmp_path / "blobs")
-    lineage, rounds = Lineage(blobs), models(4)
+    lineage, rounds = Lineage(blobs), models(4, weights)
     plans = [plan_of(gateway, lineage, blobs, model, number) for number, model in enumerate(rounds, 1)]
     assert [len(deltas_of(one)) for one in plans] == [0, 1, 2, 2], "the models of the last two rounds are bases"
     assert "model" in go(device, plans[0])

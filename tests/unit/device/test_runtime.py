@@ -12,12 +12,14 @@ import fedcore_device.runtime
 import fedcore_device.runtime_delegates
 import numpy as np
 import pytest
+import torch
 from device_releases import LABELS, Around, expected, put, rows, written
 from fedcore_device import Runtime
 from fedcore_device.environment import Conditions
 from fedcore_device.installed import Trial, health_path, keep_trial
 from fedcore_device.runtime_artefact import CPU, Opened, open_artefact
 from fedcore_device.runtime_health import read_health
+from fedcore_device.runtime_server import probabilities_of
 
 from fedcore.errors import Refused, TryAgain
 
@@ -64,14 +66,38 @@ def test_probabilities_are_the_softmax_of_the_logits(tmp_path):
     assert one.predict("digits", x[0], probabilities=True).shape == (4,)
 
 
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_probabilities_by_a_model_of_the_squared_error_are_its_outputs(tmp_path, runtime):
+    data, x = written(runtime, loss="squared")
+    put(tmp_path, 1, {f"flagship/{runtime}": data})
+    one = made(tmp_path)
+    outputs, found = one.predict("digits", x).astype(np.float64), one.predict("digits", x, probabilities=True)
+    above = np.clip(outputs, 0, None)
+    some = above.sum(1) > 0
+    assert some.any()
+    np.testing.assert_allclose(found[some], above[some] / above[some].sum(1, keepdims=True), rtol=1e-5)
+    np.testing.assert_array_equal(found[~some], 0.25)
+    np.testing.assert_allclose(probabilities_of(np.array([[-1, 0, -3, -2]], np.float32), "squared"), 0.25)
+
+
 @pytest.mark.parametrize(
     ("x", "line"),
     [
         (np.zeros((1, 8, 8), np.uint8), "x has type uint8"),
         (np.zeros((1, 8, 8), complex), "x has type complex128"),
-        (np.zeros((1, 8, 9), np.float32), r"x has shape \[1, 8, 9\]; it takes \[1, 8, 8\], or a batch \[n, 1, 8, 8\]"),
+        (
+            np.zeros((1, 8, 9), np.float32),
+            r"x has shape \[1, 8, 9\]; it takes floating point \[1, 8, 8\], or a batch \[n, 1, 8, 8\]",
+        ),
         (np.zeros((0, 1, 8, 8), np.float32), r"shape \[0, 1, 8, 8\]"),
         (np.full((1, 8, 8), np.nan, np.float32), "not finite"),
+        (np.full((1, 8, 8), 1e300), "not finite in single precision"),
+        (None, "x is a NoneType that holds no numbers; it takes floating point"),
+        ([[1.0, 2.0], [3.0]], r"x is no array \(ValueError\); it takes floating point \[1, 8, 8\]"),
+        ("image.png", "x has type <U9"),
+        ({"x": 1.0}, "x is a dict that holds no numbers"),
+        (torch.zeros(1, 8, 8, requires_grad=True), r"x is no array \(RuntimeError\)"),
+        (0.5, r"x has shape \[\]"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line_and_is_no_error_of_the_model(tmp_path, x, line):
@@ -88,8 +114,60 @@ def test_what_is_not_installed_says_so(tmp_path):
     with pytest.raises(Refused, match="names no model"):
         made(tmp_path).predict("../digits", np.zeros((1, 8, 8)))
     put(tmp_path, 1, {"flagship/coreml": b"x"})
+    put(tmp_path, 1, {"flagship/coreml": b"x"}, "letters")
     with pytest.raises(Refused, match="has no file for onnx"):
         made(tmp_path).predict("digits", np.zeros((1, 8, 8)))
+    with pytest.raises(TryAgain, match=r"no release of digit is installed in .*, which has digits, letters; ") as caught:
+        made(tmp_path).predict("digit", np.zeros((1, 8, 8)))
+    assert "\n" not in str(caught.value)
+    for wrong in (None, 7, b"digits", ["digits"]):
+        with pytest.raises(Refused, match="names no model"):
+            made(tmp_path).predict(wrong, np.zeros((1, 8, 8)))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "line"),
+    [
+        ("memory", None, "memory takes a whole number of bytes above 0, got None"), ("memory", -1, "bytes above 0, got -1"),
+        ("memory", 0, "got 0"), ("memory", "256M", "got '256M'"), ("memory", 1.5, "got 1.5"), ("memory", True, "got True"),
+        ("threads", -3, "threads takes a whole number from 1 to 1024, got -3"), ("threads", 0, "got 0"), ("threads", None, "None"),
+        ("threads", 2.0, "got 2.0"), ("tiers", "flagship", "tiers takes a list of names"), ("tiers", [1], "list of names"),
+        ("delegates", "cpu", "delegates takes lists of names by runtime, as {'onnx': ['cpu']}, got 'cpu'"),
+        ("delegates", ["cpu"], "by runtime"), ("delegates", {"onnx": "cpu"}, "delegates['onnx'] takes a list of names"),
+        ("delegates", {"tvm": ["cpu"]}, "delegates are of onnx or litert, got 'tvm'"), ("strain", 45.0, "strain takes a Strain"),
+        ("server", 7, "server takes a function, an https URL or None"), ("confidence", None, "confidence takes a number above 0"),
+        ("server_seconds", -1, "server_seconds takes a number above 0"), ("confidence", float("nan"), "number above 0"),
+        ("directory", None, "takes the directory of an agent, got None"), ("directory", 7, "got 7"),
+    ],
+)  # fmt: skip
+def test_an_option_that_cannot_be_is_refused_in_one_line_before_anything_is_loaded(tmp_path, option, value, line):
+    with pytest.raises(Refused) as caught:
+        made(**{"directory": tmp_path, option: value})
+    assert line in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_options_as_people_give_them_are_taken(tmp_path):
+    data, x = written()
+    put(tmp_path, 1, {"flagship/onnx": data})
+    one = made(str(tmp_path), memory=np.int64(1 << 28), threads=2, tiers=["entry"], delegates={"onnx": ["cpu"]}, confidence=1)
+    np.testing.assert_array_equal(one.predict("digits", [x[0].astype(np.float64).tolist()]), expected("onnx", data, x[:1]))
+
+
+def test_a_damaged_pointer_is_named_and_takes_no_model_from_an_app_that_runs(tmp_path):
+    data, x = written()
+    pointer = put(tmp_path, 1, {"flagship/onnx": data}) / "pointer.json"
+    whole, one = pointer.read_bytes(), made(tmp_path)
+    before = one.predict("digits", x)
+    for damage in (b"", b"{", b"[]", b"{}", whole[: len(whole) // 2], b"[" * 100_000, b"\xff"):
+        pointer.write_bytes(damage)
+        np.testing.assert_array_equal(one.predict("digits", x), before)
+        with pytest.raises(Refused, match=rf"{pointer} is damaged.*: put a copy of it back, or remove it") as caught:
+            made(tmp_path).predict("digits", x)
+        assert "\n" not in str(caught.value)
+        assert pointer.read_bytes() == damage
+    pointer.write_bytes(whole)
+    np.testing.assert_array_equal(made(tmp_path).predict("digits", x), before)
 
 
 def test_a_new_release_is_taken_up_without_a_restart_and_old_calls_end_well(tmp_path, monkeypatch):

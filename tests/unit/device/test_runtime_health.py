@@ -19,7 +19,7 @@ from fedcore_device import Runtime
 from fedcore_device.environment import Conditions
 from fedcore_device.installed import Trial, health_path, installed, keep_trial, read_trials
 from fedcore_device.runtime_health import HealthFile, bucket_of, read_health
-from fedcore_device.runtime_server import SecondOpinion, ask_url, softmax
+from fedcore_device.runtime_server import SecondOpinion, ask_url, probabilities_of
 from fedcore_device.runtime_tier import Strain, StrainWatch
 
 from fedcore.errors import Refused
@@ -245,13 +245,29 @@ class TestSecondOpinion:
         one = Runtime(tmp_path, environment=Around(), server=lambda _, x: sent.append(x) or np.ones((len(x), 4)), confidence=0.4,
                       server_seconds=60.0)  # fmt: skip
         found = one.predict("digits", x)
-        unsure = softmax(wanted).max(1) < 0.4
+        unsure = probabilities_of(wanted, "cross_entropy").max(1) < 0.4
         assert 0 < unsure.sum() < len(x)
         np.testing.assert_array_equal(found[~unsure], wanted[~unsure])
         np.testing.assert_array_equal(found[unsure], 1.0)
         np.testing.assert_array_equal(sent[0], x[unsure])
         counters = read_health(health_path(place, 1)).counters
         assert counters["server_asked"] == counters["server_answered"] == unsure.sum()
+
+    def test_a_model_of_the_squared_error_is_as_sure_as_its_outputs_say(self, tmp_path):
+        """Softmax would call every answer between 0 and 1 unsure, and send every input away."""
+        outputs, asked = np.array([[0.02, 0.97, -0.05, 0.01], [0.4, 0.3, 0.2, 0.1]], np.float32), []
+        opinion = SecondOpinion(lambda _, x: asked.append(x.tolist()) or np.ones((len(x), 4)), 0.5, 60.0)
+        found, count, _ = opinion.over("digits", self.X[:2], outputs, "squared")
+        assert (count, asked) == (1, [self.X[1:2].tolist()])
+        np.testing.assert_array_equal(found, [outputs[0], [1, 1, 1, 1]])
+        assert opinion.over("digits", self.X[:2], outputs)[1] == 2
+        data, x = written(loss="squared")
+        put(tmp_path, 1, {"flagship/onnx": data})
+        one = Runtime(tmp_path, environment=Around(), server=lambda _, x: asked.append(x) or np.ones((len(x), 4)), confidence=0.6,
+                      server_seconds=60.0)  # fmt: skip
+        one.predict("digits", x)
+        np.testing.assert_array_equal(asked[-1], x[probabilities_of(expected("onnx", data, x), "squared").max(1) < 0.6])
+        assert 0 < len(asked[-1]) < len(x)
 
     def test_a_server_behind_a_url(self):
         seen, answers = [], iter([(200, None), (302, None), (500, None)])

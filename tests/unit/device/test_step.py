@@ -97,8 +97,8 @@ HOSTILE = {
     "an If node": (a_branch, "attributes has a field"),
     "a graph in an attribute of an allowed operator": (hidden_branch, "attributes has a field"),
     "external data": (external, "constants has a field"),
-    "a function that takes the name of an operator": (a_function, "model has a field (number 25)"),
-    "an operator of another domain": (set_domain, "nodes has a field (number 7)"),
+    "a function that takes the name of an operator": (a_function, "model has a field (functions)"),
+    "an operator of another domain": (set_domain, "nodes has a field (an operator of another domain)"),
     "a loop": (other_operator("Loop"), "operator 'Loop' is not one"),
     "an operator that draws": (other_operator("RandomNormalLike"), "operator 'RandomNormalLike' is not one"),
     "a convolution": (other_operator("Conv"), "operator 'Conv' is not one"),
@@ -106,7 +106,7 @@ HOSTILE = {
     "another opset": (lambda p: setattr(p.opset_import[0], "version", 18), "standard domain alone"),
     "another IR version": (lambda p: setattr(p, "ir_version", 10), "standard domain alone"),
     "a sparse constant": (
-        lambda p: p.graph.sparse_initializer.add(dims=[1]), "graph has a field (number 15)",
+        lambda p: p.graph.sparse_initializer.add(dims=[1]), "graph has a field (sparse constants)",
     ),
     "a string constant": (
         lambda p: p.graph.initializer.append(helper.make_tensor("s", TensorProto.STRING, [1], [b"x"])), "has a field",

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import stat
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from device_worlds import CLASSES, examples, exported, network, start_of
-from fedcore_device import checkpoint
 from fedcore_device.checkpoint import load_progress, restored_generator, state_of
 from fedcore_device.noise import GaussianNoise, Randomness
 from fedcore_device.plan import ExamplePrivacy, TrainingPlan, batches, number_of_steps
@@ -31,9 +31,9 @@ PRIVATE = dataclasses.replace(PLAN, privacy=ExamplePrivacy(0.7, 0.8))
 PLANS = {"everything": PLAN, "plain": TrainingPlan(2, 5, 0.05), "private": PRIVATE}
 
 
-def reference_plan(own: TrainingPlan) -> plan.LocalPlan:
+def reference_plan(own: TrainingPlan, loss: str = "cross_entropy") -> plan.LocalPlan:
     dp = own.privacy and plan.DpSgdPlan(own.privacy.clipping_norm, own.privacy.noise_multiplier, own.privacy.batches)
-    return plan.LocalPlan(own.epochs, own.batch_size, own.lr, own.momentum, own.weight_decay, own.proximal_mu, dp)
+    return plan.LocalPlan(own.epochs, own.batch_size, own.lr, own.momentum, own.weight_decay, own.proximal_mu, dp, loss)
 
 
 def randomness(client: int = 0, round_number: int = 1) -> Randomness:
@@ -41,26 +41,33 @@ def randomness(client: int = 0, round_number: int = 1) -> Randomness:
     return Randomness.seeded(order, noise)
 
 
-def reference(model, start, x, y, own: TrainingPlan, client: int = 0, round_number: int = 1) -> plan.LocalResult:
+def reference(
+    model, start, x, y, own: TrainingPlan, client: int = 0, round_number: int = 1, loss: str = "cross_entropy"
+) -> plan.LocalResult:  # fmt: skip
     order, noise = (plan.client_rng(1, round_number, client, purpose) for purpose in (1, 3))
     data = plan.ClientData(client, torch.from_numpy(x), torch.from_numpy(y), order, noise)
-    (result,) = LoopTrainer(model).train(torch.from_numpy(start), [data], reference_plan(own))
+    (result,) = LoopTrainer(model).train(torch.from_numpy(start), [data], reference_plan(own, loss))
     return result
 
 
-def task_of(name: str, own: TrainingPlan, *, quantized: bool = False, batch: int = 4) -> Task:
+def task_of(
+    name: str, own: TrainingPlan, *, quantized: bool = False, batch: int = 4, loss: str = "cross_entropy"
+) -> Task:  # fmt: skip
     model = network(name, quantized)
-    step = exported(name, batch, "example" if own.privacy else "", quantized)
+    step = exported(name, batch, "example" if own.privacy else "", quantized, loss)
     return Task(read_step(step.data, step.sha256), start_of(model), own, ranges=activation_ranges(model))
 
 
 @pytest.mark.parametrize("own", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", ZOO)
-def test_it_equals_the_reference_loop(name, own):
+@pytest.mark.parametrize(
+    ("name", "loss"),
+    [*((name, "cross_entropy") for name in ZOO), ("mlp", "squared"), pytest.param("cnn", "squared", marks=pytest.mark.slow)],
+)
+def test_it_equals_the_reference_loop(name, loss, own):
     x, y = examples(name, 23)
-    task = task_of(name, own)
+    task = task_of(name, own, loss=loss)
     found = train(task, x, y, randomness())
-    expected = reference(network(name), task.start, x, y, own)
+    expected = reference(network(name), task.start, x, y, own, loss=loss)
     np.testing.assert_allclose(found.update, expected.update.numpy(), rtol=0, atol=1e-6)
     assert np.abs(found.update).max() > 1e-3
     assert found.loss == pytest.approx(expected.loss, abs=1e-5)
@@ -243,7 +250,7 @@ def test_a_crash_while_progress_is_written_leaves_the_last_one(tmp_path, monkeyp
     task, resume = task_of("mlp", PLAN), Resume(tmp_path / "progress", every=1)
     whole = train(task, x, y, randomness())
     for name in ("fsync", "open"):
-        right, asked = getattr(checkpoint.os, name), iter(range(8))
+        right, asked = getattr(os, name), iter(range(8))
 
         def fails(*arguments, right=right, asked=asked, **named):
             if next(asked, None) is None:
@@ -251,8 +258,8 @@ def test_a_crash_while_progress_is_written_leaves_the_last_one(tmp_path, monkeyp
             return right(*arguments, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint.os, name, fails)
-            with pytest.raises(TryAgain, match="cannot be written: No space left on device"):
+            patch.setattr(os, name, fails)
+            with pytest.raises(TryAgain, match=r"progress cannot be written \(No space left on device\)"):
                 train(task, x, y, randomness(), resume=resume)
         assert stat.S_IMODE(resume.path.stat().st_mode) == 0o600
         assert train(task, x, y, randomness(), resume=resume).update.tobytes() == whole.update.tobytes()

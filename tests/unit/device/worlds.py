@@ -23,8 +23,10 @@ def network(name: str, quantized: bool = False) -> nn.Module:
 
 
 @functools.cache
-def exported(name: str, batch: int = 4, unit: str = "", quantized: bool = False) -> PortableStep:
-    return portable_step(network(name, quantized), SHAPES[name], batch=batch, unit=unit)
+def exported(
+    name: str, batch: int = 4, unit: str = "", quantized: bool = False, loss: str = "cross_entropy"
+) -> PortableStep:  # fmt: skip
+    return portable_step(network(name, quantized), SHAPES[name], batch=batch, unit=unit, loss=loss)
 
 
 def start_of(model: nn.Module) -> np.ndarray:

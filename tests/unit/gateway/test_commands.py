@@ -47,7 +47,7 @@ def test_tokens_enrol_through_a_signer_that_is_a_process_of_its_own(fleet, tmp_p
         remote.close()
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
 
 

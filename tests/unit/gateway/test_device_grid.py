@@ -104,7 +104,7 @@ def world(tmp_path):
     yield make
     for one in started:
         one.stopped.set()
-        one.join(10)
+        one.join(60)
 
 
 def messages(grid, kind=MessageType.TRAIN, number=1, release=None, plan=PLAIN):
@@ -132,7 +132,7 @@ def test_a_strategy_of_flower_runs_over_devices(world):
         assert [blob.name for blob in plan.blobs] == ["model", "step", "early-step", "step-signature", "frozen"]
         assert plan.minimum_uploads == 2
         devices.stopped.set()
-        devices.join(10)
+        devices.join(60)
     np.testing.assert_allclose(models[0], sum(n * n for n in range(1, 5)) / 10, rtol=1e-6)
     np.testing.assert_allclose(models[0], models[1], rtol=1e-5)
 
@@ -160,6 +160,14 @@ def test_what_would_show_single_devices_is_refused(world):
     with pytest.raises(Refused, match="every device's scores"):
         grid.send_and_receive(messages(grid, MessageType.EVALUATE, release=ScoreSum(4, 2, 10)))
     grid.nodes = ()
+
+
+@pytest.mark.parametrize("kind", [MessageType.TRAIN, MessageType.EVALUATE])
+def test_a_loss_that_the_signed_graphs_do_not_compute_is_asked_of_no_device(world, kind):
+    grid, devices = world(numbered)
+    with pytest.raises(Refused, match="asks devices for the loss squared; the graphs signed for them compute cross_entropy"):
+        grid.send_and_receive(messages(grid, kind, plan=LocalPlan(1, 8, 0.1, loss="squared")))
+    assert not devices.seen
 
 
 def test_evaluations_are_a_task_of_their_own(world):

@@ -249,6 +249,44 @@ def test_renewal_is_for_the_same_key_and_not_after_revocation(signer, fleet):
         signer.revoke(1)
 
 
+def test_labels_are_the_operators_from_the_token_on(signer, fleet, tmp_path):
+    one = signer.enrol(enrolment_request(signer.issue(60, ["lab", "beta", "lab"]), KEY, bytes(16)))
+    other = signer.enrol(enrolment_request(signer.issue(60), OTHER, bytes(16)))
+    assert (signer.labels(one.device), signer.labels(other.device), signer.labels(7)) == (("beta", "lab"), (), ())
+    server = EnrolmentServer(signer, f"unix:{tmp_path}/signer")
+    server.start()
+    remote = RemoteSigner(server.address)
+    assert remote.labels(one.device) == ("beta", "lab")
+    assert remote.labels((1 << 63) - 1) == ()
+    assert signer.label(one.device, []) == () == remote.labels(one.device)
+    assert signer.label(other.device, ["b", "a"]) == ("a", "b") == remote.labels(other.device)
+    for wrong in ([""], ["x" * 65], ["a\n"], [str(n) for n in range(33)]):
+        with pytest.raises(Refused, match="at most 32 labels, each of 1 to 64 printable characters"):
+            signer.issue(60, wrong)
+        with pytest.raises(Refused, match="at most 32 labels"):
+            signer.label(one.device, wrong)
+    with pytest.raises(Refused, match="no device 0000000000000007"):
+        signer.label(7, ["a"])
+    remote.close()
+    server.stop()
+    with pytest.raises(GatewayRefusal, match="cannot be reached"):
+        RemoteSigner(server.address, 0.2).labels(one.device)
+
+
+def test_a_list_of_enrolments_of_before_labels_gains_them(fleet):
+    first = fleet.signer()
+    token = first.issue(60)
+    one = first.enrol(enrolment_request(first.issue(60), KEY, bytes(16)))
+    for table in ("tokens", "devices"):
+        first._db.execute(f"ALTER TABLE {table} DROP COLUMN labels")
+    first.close()
+    again = fleet.signer()
+    assert again.labels(one.device) == ()
+    two = again.enrol(enrolment_request(token, OTHER, bytes(16)))
+    assert again.label(two.device, ["lab"]) == again.labels(two.device) == ("lab",)
+    again.close()
+
+
 def test_an_enrolment_is_checked_in_all_its_parts(signer, fleet):
     one, key = signer.enrol(enrolment_request(signer.issue(60), KEY, bytes(16))), fleet.trust().enrolment_key
     for changed in (

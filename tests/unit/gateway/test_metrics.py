@@ -211,7 +211,7 @@ def test_a_gateway_process_tells_what_happened_to_it(tmp_path):
         store.judge(number, Standing.REVOKED, "stolen")
     finally:
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait(60) == 0
         process.stdout.close()
         store.close()
     found, _ = parsed(text)

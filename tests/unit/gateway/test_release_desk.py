@@ -29,8 +29,8 @@ PLAN = Plan("digits-2", "digits", 2, 1, 40, stages=(0.25, 0.5), control=0.25, wi
 TARGETS = {version: bytes([version]).hex() * 32 for version in (1, 2, 3)}
 
 
-def device(number):
-    return Device(number, 1, number.to_bytes(32, "big"), 2_000_000_000, NOW)
+def device(number, labels=()):
+    return Device(number, 1, number.to_bytes(32, "big"), 2_000_000_000, NOW, labels=labels)
 
 
 class World:
@@ -48,9 +48,10 @@ class World:
         entry = RolloutEntry(state.plan.name, "digits", number, revision, document)
         assert self.decider.releases.advance_rollout(entry)
 
-    def ask(self, number, desk=0, version=1, **body):
+    def ask(self, number, desk=0, version=1, given=(), **body):
+        """``given``: the labels of its enrolment; those in ``body`` are its own words."""
         request = pb.ReleaseBody(model="digits", version=version, **body)
-        data, reason = asyncio.run(self.desks[desk].answer(device(number), request))
+        data, reason = asyncio.run(self.desks[desk].answer(device(number, given), request))
         if not data:
             return reason
         owner = hashlib.sha256(device(number).public_key).digest()
@@ -146,7 +147,24 @@ def test_what_devices_report_reaches_their_row_once_it_is_of_their_arm(world):
     assert values[control] == {"p95_ms": 4.5}
     assert values[canary] == {"crash": 1.0, "disagreement": 0.9}
     notes = {one.device: one.note for one in world.decider.releases.holdings("digits")}
-    assert notes[canary] == "self-test: 1 of 64 labels and more"
+    assert notes[canary] == "release 2: self-test: 1 of 64 labels and more"
+
+
+def test_who_claims_a_label_is_not_in_the_group_that_comes_first(world):
+    """Liars who could say themselves into a canary of two would be half of its votes."""
+    world.publish(running(group="lab"), 1)
+    liars = [world.ask(number, labels=["lab"]).version for number in range(30)]
+    assert set(liars) == {1}
+    assert world.decider.releases.members("digits-2") == []
+    honest = [world.ask(100 + number, given=("lab", "beta")).version for number in range(30)]
+    members = world.decider.releases.members("digits-2")
+    assert members
+    assert all(row.device >= 100 for row in members)
+    assert {row.arm for row in members} == {"canary", "control"}
+    assert honest.count(2) == sum(row.arm == "canary" for row in members) > 0
+    kept = {one.device: one.labels for one in world.decider.releases.holdings("digits")}
+    assert {labels for number, labels in kept.items() if number < 30} == {()}
+    assert {labels for number, labels in kept.items() if number >= 100} == {("lab", "beta")}
 
 
 def test_a_report_is_of_the_arm_whose_release_it_names():
@@ -166,7 +184,7 @@ def test_a_report_is_of_the_arm_whose_release_it_names():
 )  # fmt: skip
 def test_what_a_device_says_is_bounded(body):
     with pytest.raises(GatewayRefusal, match="at most"):
-        holding_of(7, pb.ReleaseBody(**body), NOW)
+        holding_of(device(7), pb.ReleaseBody(**body), NOW)
 
 
 def test_an_arm_of_another_kind_is_refused():

@@ -23,6 +23,7 @@ PLANS = {
     "sgd": LocalPlan(epochs=2, batch_size=5, lr=0.05),
     "everything": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1),
 }
+SQUARED = dataclasses.replace(PLANS["everything"], loss="squared")
 
 
 def why_no_compiler() -> str:
@@ -135,16 +136,16 @@ def with_redzones(memory: Memory, gap: int) -> tuple[Memory, tuple[str, ...]]:
 
 
 def run_elsewhere(
-    model, shape, target, folder, *, flags=FLAGS, emulator=(), extra=("-static",), gap=0
+    model, shape, target, folder, *, flags=FLAGS, emulator=(), extra=("-static",), gap=0, local=PLANS["everything"]
 ) -> tuple[torch.Tensor, float]:
     """The first client's update and loss, from a program of its own, which an emulator runs."""
-    local, client = PLANS["everything"], federation(shape, torch.float32)[0]
+    client = federation(shape, torch.float32)[0]
     blocks = plan(lower(model, shape), model)
     memory, gaps = with_redzones(plan_memory(blocks), gap) if gap else (plan_memory(blocks), ("-DGAPS=", "-DMARKED_GAPS="))
     program, job, out = folder / "program", folder / "job", folder / "out"
     flags = tuple(f for f in flags if f not in {"-shared", "-nostdlib", "-fPIC"})
     defines = (f"-DWORK={memory.numbers}", f"-DBYTES={memory.bytes}", f"-DPADDING={LANES}", *gaps)
-    compile_library(source(blocks, memory, target) + MAIN, (*target.flags, *flags, *defines, *extra), program)
+    compile_library(source(blocks, memory, target, local.loss) + MAIN, (*target.flags, *flags, *defines, *extra), program)
     order = np.concatenate(batch_order(len(client.y), local, client.rng))
     ranges = np.array([_range(quantizer.frozen) for _, quantizer in quantizers(model)], np.float32).reshape(-1, 7)
     head = [len(client.y), local.epochs, local.batch_size, client.x.numel(), blocks.trainable, len(ranges), blocks.blob + LANES]

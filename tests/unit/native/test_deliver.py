@@ -10,7 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, federation, network, start_of, updates, why_no_compiler
+from native_clients import PLANS, SHAPES, SQUARED, federation, network, start_of, updates, why_no_compiler
 from typer.testing import CliRunner
 
 from fedcore.cli import app
@@ -26,13 +26,14 @@ from fedcore.quantization.layers import quantizers
 from fedcore.training.plan import batch_order
 
 pytestmark = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiles")
+LOSSES = ["usual", "squared"]
 
 
 @pytest.mark.parametrize("target", DEVICES)
 def test_a_delivery_is_whole_and_needs_no_libc(target, tmp_path):
     found = deliver(network("mlp", True, torch.float32), SHAPES["mlp"], target, tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"trainer.c", "trainer.h", DEVICES[target].file}
+    assert names == {"trainer.c", "trainer.h", DEVICES[target].file} | ({"trainer.json"} if target != "cortex-m4" else set())
     data = (tmp_path / DEVICES[target].file).read_bytes()
     assert data[:4] == b"\x7fELF"
     model = network("mlp", True, torch.float32)
@@ -54,13 +55,16 @@ def test_a_delivery_is_whole_and_needs_no_libc(target, tmp_path):
     assert undefined == []
 
 
-def test_the_header_describes_the_library(tmp_path):
+@pytest.mark.parametrize("local", [PLANS["everything"], SQUARED], ids=LOSSES)
+def test_the_header_describes_the_library(tmp_path, local):
     """A C program that knows nothing but trainer.h trains as the engine does."""
-    name, local, client = "mlp", PLANS["everything"], federation(SHAPES["mlp"], torch.float32)[0]
+    name, client = "mlp", federation(SHAPES["mlp"], torch.float32)[0]
     model = network(name, False, torch.float32)
     here, _ = updates(NativeTrainer(network(name, False, torch.float32)), [client], local)
     client = federation(SHAPES[name], torch.float32)[0]
-    deliver(model, SHAPES[name], "x86_64", tmp_path)
+    deliver(model, SHAPES[name], "x86_64", tmp_path, loss=local.loss)
+    assert ("The loss: squared error" in (tmp_path / "trainer.h").read_text()) is (local is SQUARED)
+    assert json.loads((tmp_path / "trainer.json").read_text()).get("loss") == ("squared" if local is SQUARED else None)
     order = np.concatenate(batch_order(len(client.y), local, client.rng))
     program = f"""
 #include "trainer.h"
@@ -132,19 +136,21 @@ SECTIONS {
 @pytest.mark.skipif(shutil.which("qemu-system-arm") is None, reason="qemu-system-arm (Debian) is not installed")
 @pytest.mark.parametrize("name", ["mlp", pytest.param("cnn", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("quantized", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float", "fake-quant"])
-def test_a_microcontroller_gives_the_bits_of_this_processor(name, quantized, tmp_path):
-    local, client = PLANS["everything"], federation(SHAPES[name], torch.float32)[0]
+@pytest.mark.parametrize("local", [PLANS["everything"], pytest.param(SQUARED, marks=pytest.mark.slow)], ids=LOSSES)
+def test_a_microcontroller_gives_the_bits_of_this_processor(name, quantized, local, tmp_path):
+    client = federation(SHAPES[name], torch.float32)[0]
     model = network(name, quantized, torch.float32)
     blocks = plan(lower(model, SHAPES[name]), model)
     memory = plan_memory(blocks, DEVICES["cortex-m4"].rows)
     host = host_target()
-    library = build(engine_source(blocks, memory, host), host)
-    expected = Worker(Program(blocks, memory, library), model).train(start_of(model), client, local).update
+    library = build(engine_source(blocks, memory, host, local.loss), host)
+    program = Program(blocks, memory, library, private=True, loss=local.loss)
+    expected = Worker(program, model).train(start_of(model), client, local).update
     client = federation(SHAPES[name], torch.float32)[0]
     order = np.concatenate(batch_order(len(client.y), local, client.rng))
     ranges = np.array([_range(one.frozen) for _, one in quantizers(model)] or [(0.0,) * 7], np.float32)
     text = (
-        source(blocks, memory, DEVICES["cortex-m4"].processor)
+        source(blocks, memory, DEVICES["cortex-m4"].processor, local.loss)
         + f"""
 {c_array("float", "the_x", client.x, LANES)}
 {c_array("int64_t", "the_y", client.y)}
@@ -207,18 +213,36 @@ def test_the_commands(tmp_path):
     )
     assert done.exit_code == 0, done.output
     assert json.loads(done.stdout)["target"] == "cortex-m4"
-    done = runner.invoke(app, ["native", "explain", "mlp", "--input-shape", "1,8,8", "--float", "--json"])
-    assert done.exit_code == 0, done.output
-    assert [share["layers"] for share in json.loads(done.stdout)["shares"]] == ["1 Linear + ReLU", "3 Linear"]
+    for loss in ([], ["--loss", "squared"]):
+        done = runner.invoke(app, ["native", "explain", "mlp", "--input-shape", "1,8,8", "--float", "--json", *loss])
+        assert done.exit_code == 0, done.output
+        assert [share["layers"] for share in json.loads(done.stdout)["shares"]] == ["1 Linear + ReLU", "3 Linear"]
+    usual = {"mlp": 784 * 64 + 64 + 640 + 10, "imu_cnn": 65_258}
+    for name, parameters in usual.items():
+        done = runner.invoke(app, ["native", "build", name, "--target", "x86_64", "--out", str(tmp_path / name)])
+        assert done.exit_code == 0, done.output
+        assert f"{parameters} parameters" in done.output
+        assert f"for examples of {'6x64' if name == 'imu_cnn' else '1x28x28'}" in done.output
     for arguments, words in (
         (["build", "mlp", "--input-shape", "1,8,8", "--target", "z80", "--out", "x"], "allowed: x86_64"),
-        (["build", "mlp", "--target", "x86_64", "--out", "x"], "--input-shape"),
+        (["build", "mine:net", "--target", "x86_64", "--out", "x"], "--input-shape"),
         (["explain", "nothing", "--input-shape", "1,8,8"], "nothing"),
+        (["explain", "mlp", "--input-shape", "1,8,8", "--loss", "hinge"], "--loss 'hinge': must be one of cross_entropy, squared"),
     ):
         done = runner.invoke(app, ["native", *arguments])
         assert done.exit_code == 2, done.output
         assert words in done.output
         assert len(done.output.strip().splitlines()) == 1
+
+
+def test_a_scenario_says_the_loss_and_an_option_another(scenario, tmp_path):
+    file, model = tmp_path / "small.toml", ["native", "build", str(tmp_path / "small.toml"), "--target", "x86_64", "--float"]
+    assert scenario().training.loss == "cross_entropy"
+    file.write_text(file.read_text() + '[training]\nloss = "squared"\n')
+    for options, wanted in (([], "squared"), (["--loss", "cross_entropy"], None)):
+        done = CliRunner().invoke(app, [*model, "--out", str(tmp_path / "built"), *options])
+        assert done.exit_code == 0, done.output
+        assert json.loads((tmp_path / "built" / "trainer.json").read_text()).get("loss") == wanted
 
 
 def test_a_directory_that_cannot_be_written_is_named(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from native_clients import PLANS, federation, run_elsewhere, updates, why_no_compiler
 from torch import nn
 
+from fedcore.config import LOSSES
 from fedcore.models import Residual
 from fedcore.native.build import FLAGS, host_target
 from fedcore.native.trainer import NativeTrainer
@@ -86,11 +87,11 @@ def seeded(layers):
 
 
 @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(networks())
-def test_any_network_equals_torch(drawn):
+@given(networks(), st.sampled_from(LOSSES))
+def test_any_network_equals_torch(drawn, loss):
     shape, layers = drawn
 
-    for plan in (PLAN, PRIVATE):
+    for plan in (dataclasses.replace(PLAN, loss=loss), dataclasses.replace(PRIVATE, loss=loss)):
         found = []
         for trainer in (LoopTrainer, NativeTrainer):
             clients = [
@@ -104,12 +105,13 @@ def test_any_network_equals_torch(drawn):
 
 
 @settings(max_examples=5, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(networks())
-def test_any_network_has_no_undefined_behaviour(tmp_path_factory, drawn):
+@given(networks(), st.sampled_from(LOSSES))
+def test_any_network_has_no_undefined_behaviour(tmp_path_factory, drawn, loss):
     """In single precision, built with traps: undefined behaviour ends the process."""
     shape, layers = drawn
     flags = tuple(flag for flag in FLAGS if flag != "-fno-sanitize=all")
     checks = (*flags, "-fsanitize=undefined", "-fsanitize-trap=undefined")
-    checked, _ = run_elsewhere(seeded(layers), shape, host_target(), tmp_path_factory.mktemp("traps"), flags=checks)
-    plain, _ = updates(NativeTrainer(seeded(layers)), federation(shape, torch.float32), PLANS["everything"])
+    local = dataclasses.replace(PLANS["everything"], loss=loss)
+    checked, _ = run_elsewhere(seeded(layers), shape, host_target(), tmp_path_factory.mktemp("traps"), flags=checks, local=local)
+    plain, _ = updates(NativeTrainer(seeded(layers)), federation(shape, torch.float32), local)
     assert torch.equal(checked, plain[0])

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, SIZES, federation, network, start_of, updates, why_no_compiler
+from native_clients import PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates, why_no_compiler
 from torch import nn
 
 from fedcore.errors import Refused
@@ -34,8 +34,16 @@ def check(model_of, shape, dtype, plan, atol, **federated):
     return native
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", ZOO)
+def zoo(*usual, plans=None, squared=SQUARED):
+    """Every model with every plan; with the squared error those that are ``usual``, others only where tests may take long."""
+    found = []
+    for name in ZOO:
+        found += [pytest.param(name, plan, id=f"{name}-{which}") for which, plan in (plans or PLANS).items()]
+        found.append(pytest.param(name, squared, id=f"{name}-squared", marks=[] if name in usual else [pytest.mark.slow]))
+    return found
+
+
+@pytest.mark.parametrize(("name", "plan"), zoo("mlp", "cnn"))
 def test_the_zoo_in_double_precision(name, plan):
     check(lambda: network(name, False, torch.float64), SHAPES[name], torch.float64, plan, 1e-9)
 
@@ -45,8 +53,7 @@ def test_the_zoo_in_double_precision(name, plan):
 FEW = (6, 1, 5)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("name", ZOO)
+@pytest.mark.parametrize(("name", "plan"), zoo("imu_cnn"))
 def test_the_fake_quantized_zoo_in_double_precision(name, plan):
     def model_of():
         return network(name, True, torch.float64)
@@ -63,8 +70,9 @@ def test_before_calibration_only_weights_are_rounded(name):
 
 
 @pytest.mark.parametrize("name", ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lenet", "dscnn", "imu_cnn"))])
-def test_the_zoo_in_single_precision(name):
-    check(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, PLANS["everything"], 1e-5)
+@pytest.mark.parametrize("plan", [PLANS["everything"], pytest.param(SQUARED, marks=pytest.mark.slow)], ids=["usual", "squared"])
+def test_the_zoo_in_single_precision(name, plan):
+    check(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, plan, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("mlp", "lenet", "dscnn", "imu_cnn"))])
@@ -126,10 +134,10 @@ ODD = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ODD)
-def test_odd_networks_in_double_precision(name):
+@pytest.mark.parametrize(("name", "plan"), [*((name, PLANS["everything"]) for name in ODD), ("a vector, twenty classes", SQUARED)])
+def test_odd_networks_in_double_precision(name, plan):
     shape, build = ODD[name]
-    check(lambda: build().double(), shape, torch.float64, PLANS["everything"], 1e-9)
+    check(lambda: build().double(), shape, torch.float64, plan, 1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if "residual" in name or "norm" in name or "vector" in name])
@@ -177,8 +185,9 @@ def test_a_residual_block_adds_what_was_not_rounded(where):
     check(model_of, (3, 8, 8), torch.float64, PLANS["everything"], 1e-9, sizes=FEW)
 
 
-def test_a_batch_in_several_parts():
-    plan = LocalPlan(epochs=2, batch_size=90, lr=0.05, momentum=0.5)
+@pytest.mark.parametrize("loss", ["cross_entropy", pytest.param("squared", marks=pytest.mark.slow)])
+def test_a_batch_in_several_parts(loss):
+    plan = LocalPlan(epochs=2, batch_size=90, lr=0.05, momentum=0.5, loss=loss)
     check(lambda: network("cnn", False, torch.float64), SHAPES["cnn"], torch.float64, plan, 1e-9, sizes=(200, 3))
 
 
@@ -212,14 +221,15 @@ def test_frozen_layers_neither_move_nor_travel(frozen):
     assert found.abs().sum() > 0
 
 
-def test_one_clients_nan_does_not_reach_the_others():
+@pytest.mark.parametrize("plan", [PLANS["everything"], pytest.param(SQUARED, marks=pytest.mark.slow)], ids=["usual", "squared"])
+def test_one_clients_nan_does_not_reach_the_others(plan):
     model = network("cnn", False, torch.float32)
     trainer, start = NativeTrainer(model), start_of(model)
-    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["everything"])]
+    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), plan)]
     clients = federation(SHAPES["cnn"], torch.float32)
     clients[1].x[0, 0, 3, 3] = math.nan
     clients[3].x.fill_(math.inf)
-    spoiled = list(trainer.train(start, clients, PLANS["everything"]))
+    spoiled = list(trainer.train(start, clients, plan))
     for i in (1, 3):
         assert torch.isnan(spoiled[i].update).any()
         assert math.isnan(spoiled[i].loss)
@@ -227,14 +237,15 @@ def test_one_clients_nan_does_not_reach_the_others():
         assert torch.equal(clean[i], spoiled[i].update)
 
 
-def test_a_client_that_explodes_says_so_and_leaves_nothing_behind():
+@pytest.mark.parametrize("loss", ["cross_entropy", pytest.param("squared", marks=pytest.mark.slow)])
+def test_a_client_that_explodes_says_so_and_leaves_nothing_behind(loss):
     model = network("cnn", False, torch.float32)
-    trainer, start = NativeTrainer(model), start_of(model)
-    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["sgd"])]
-    exploding = LocalPlan(epochs=20, batch_size=5, lr=1e20)
+    trainer, start, plan = NativeTrainer(model), start_of(model), dataclasses.replace(PLANS["sgd"], loss=loss)
+    clean = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), plan)]
+    exploding = LocalPlan(epochs=20, batch_size=5, lr=1e20, loss=loss)
     exploded = list(trainer.train(start, federation(SHAPES["cnn"], torch.float32), exploding))
     assert not any(torch.isfinite(torch.linalg.vector_norm(r.update)) and math.isfinite(r.loss) for r in exploded)
-    again = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), PLANS["sgd"])]
+    again = [r.update for r in trainer.train(start, federation(SHAPES["cnn"], torch.float32), plan)]
     assert all(torch.equal(one, other) for one, other in zip(clean, again, strict=True))
 
 
@@ -244,6 +255,18 @@ def test_a_label_that_is_no_class_is_refused():
     clients[2].y[1] = 4
     with pytest.raises(Refused, match="client 2: a label is not one of the 4 classes"):
         list(NativeTrainer(model).train(start_of(model), clients, PLANS["sgd"]))
+
+
+def test_a_trainer_is_of_one_loss():
+    model = network("mlp", False, torch.float32)
+    trainer, (client, *_) = NativeTrainer(model), federation(SHAPES["mlp"], torch.float32)
+    worker = trainer.worker(SHAPES["mlp"])
+    for asked in (SQUARED, dataclasses.replace(SQUARED, dp=DpSgdPlan(1.0, 1.0))):
+        with pytest.raises(Refused, match="the plan asks for the loss squared; this trainer is compiled for cross_entropy"):
+            worker.train(start_of(model), dataclasses.replace(client, noise_rng=client_rng(1, 1, 0, 2)), asked)
+    with pytest.raises(Refused, match="the loss squared"):
+        worker.job(start_of(model), SQUARED)
+    assert trainer.worker_for(SHAPES["mlp"], SQUARED).loss == "squared"
 
 
 def test_a_client_without_examples_returns_nothing():
@@ -284,21 +307,32 @@ PRIVATE = {  # some examples clipped, none, all; more than a part of a batch
 }
 
 
-@pytest.mark.parametrize("plan", PRIVATE.values(), ids=PRIVATE)
-@pytest.mark.parametrize("name", ZOO)
+PRIVATE_SQUARED = dataclasses.replace(PRIVATE["some"], dp=DpSgdPlan(0.4, 0.7), loss="squared")
+
+
+@pytest.mark.parametrize(("name", "plan"), zoo("mlp", plans=PRIVATE, squared=PRIVATE_SQUARED))
 def test_private_training_of_the_zoo_in_double_precision(name, plan):
     sizes = (200, 3) if plan.batch_size == 90 else SIZES
     check_private(lambda: network(name, False, torch.float64), SHAPES[name], torch.float64, plan, 1e-9, sizes=sizes)
 
 
+@pytest.mark.parametrize("plan", [PRIVATE["some"], pytest.param(PRIVATE_SQUARED, marks=pytest.mark.slow)], ids=["usual", "squared"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "dscnn"])
-def test_private_training_with_fake_quantization_in_double_precision(name):
-    check_private(lambda: network(name, True, torch.float64), SHAPES[name], torch.float64, PRIVATE["some"], 1e-9, sizes=FEW)
+def test_private_training_with_fake_quantization_in_double_precision(name, plan):
+    check_private(lambda: network(name, True, torch.float64), SHAPES[name], torch.float64, plan, 1e-9, sizes=FEW)
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn"])
-def test_private_training_in_single_precision(name):
-    check_private(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, PRIVATE["some"], 2e-6)
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        ("mlp", PRIVATE["some"]),
+        ("cnn", PRIVATE["some"]),
+        ("mlp", PRIVATE_SQUARED),
+        pytest.param("cnn", PRIVATE_SQUARED, marks=pytest.mark.slow),
+    ],
+)
+def test_private_training_in_single_precision(name, plan):
+    check_private(lambda: network(name, False, torch.float32), SHAPES[name], torch.float32, plan, 2e-6)
 
 
 @pytest.mark.parametrize("frozen", [(0,), (3, 7), (9,)])
@@ -322,6 +356,20 @@ def test_an_example_without_a_finite_gradient_adds_nothing():
     plan = PRIVATE["some"]
     native, _ = updates(NativeTrainer(network("cnn", False, torch.float64)), clients(), plan)
     loop, _ = updates(LoopTrainer(network("cnn", False, torch.float64)), clients(), plan)
+    assert torch.isfinite(native).all()
+    torch.testing.assert_close(native, loop, rtol=1e-9, atol=1e-9)
+
+
+def test_a_pool_hides_no_number_that_is_not_finite():
+    def trained(trainer):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(9, 4)).double()
+        clients = private((1, 6, 6), torch.float64)
+        for client in clients:
+            client.x[::2, 0, 3, 3] = math.nan  # the last of its window
+        return updates(trainer(model), clients, PRIVATE["some"])[0]
+
+    native, loop = trained(NativeTrainer), trained(LoopTrainer)
     assert torch.isfinite(native).all()
     torch.testing.assert_close(native, loop, rtol=1e-9, atol=1e-9)
 

@@ -282,7 +282,7 @@ def test_steps_need_the_offline_key_and_releases_do_not(world):
     "words", [("..", "entry", "onnx"), ("a/b", "entry", "onnx"), ("digits", "", "onnx"), ("digits", "-x", "onnx")]
 )
 def test_names_that_cannot_stand_in_a_path(words):
-    with pytest.raises(Refused, match="cannot name a target"):
+    with pytest.raises(Refused, match=r"cannot name a target|names no model"):
         artefact(words[0], 1, words[1], words[2], "m", b"")
     with pytest.raises(Refused, match="version is 1"):
         artefact("digits", 0, "entry", "onnx", "m", b"")

@@ -173,9 +173,6 @@ def test_a_bad_release_is_stopped_by_a_canary_of_150_of_3000(what):
 def test_5_percent_liars_do_not_hide_a_bad_release(what):
     """They say that all is well on the canary and that all is ill in the control; the canary is 600 of 12,000."""
 
-    def lying(values, other):
-        return lambda rng: other if rng.random() < 0.05 else values(rng)
-
     worst = {name: 1.0 if value < 1 else 1e9 for name, value in FINE.items()}
     state, decision, _ = run(running(fleet=12_000), lying(BAD[what], FINE), lying(honest, worst), np.random.default_rng(4), 12_000)
     assert (state.phase, state.stage, decision) == ("aborted", 0, "abort")
@@ -191,6 +188,27 @@ def test_5_percent_liars_do_not_abort_a_healthy_release():
             lambda rng: best if rng.random() < 0.05 else honest(rng), rng, 4000,
         )  # fmt: skip
         assert (state.phase, decision) == ("running", "inconclusive"), [test for test in tests if test.harmful]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_it_is_the_allowance_for_liars_that_keeps_5_percent_of_them_from_aborting_a_healthy_release(seed):
+    """On a canary of 600 the same lies stop the same release as soon as nobody is expected to lie."""
+    worst = {name: 1.0 if value < 1 else 1e9 for name, value in FINE.items()}
+    best = {name: 0.0 if value < 1 else 1e-9 for name, value in FINE.items()}
+
+    def decided(corrupt):
+        rng = np.random.default_rng(seed)
+        state = running(fleet=1500, stages=(0.4, 0.6), corrupt=corrupt)
+        return run(state, lying(honest, worst), lying(honest, best), rng, 1500, looks=6)[:2]
+
+    assert decided(0.0)[1] == "abort"
+    state, decision = decided(0.05)
+    assert (state.phase, decision) == ("running", "inconclusive")
+
+
+def lying(values, other):
+    """One in twenty says something else."""
+    return lambda rng: other if rng.random() < 0.05 else values(rng)
 
 
 @pytest.mark.parametrize(("hardware", "early"), [((), True), (("pi",), False)])
@@ -223,10 +241,13 @@ def test_a_canary_of_20_cannot_tell_crashes_on_1_load_in_20():
     assert (state.phase, decision) == ("running", "inconclusive")
 
 
-def simulated_aborts(rollouts, liars, rng, looks=8, step=40):
-    """Share of harmless rollouts that any signal ever stops, all of them at once: five rates and two amounts, looked at 8 times."""
+def simulated_aborts(rollouts, liars, rng, looks=8, step=40, wall=None, allow=True):
+    """Share of harmless rollouts that any signal ever stops, all of them at once: five rates and two amounts, looked at 8 times.
+
+    ``wall``: evidence that stops one, instead of what `decide` asks for; ``allow``: whether liars are allowed for.
+    """
     rows, alpha = 8, 0.05
-    wall, liars_alpha = math.log(rows / (alpha * 0.8)), alpha * 0.2 / 2
+    wall, liars_alpha = math.log(rows / (alpha * 0.8)) if wall is None else wall, alpha * 0.2 / 2
     aborted = np.zeros(rollouts, bool)
     means = (0.03, 0.005, 0.01, 0.02, 0.5)
     counts = np.zeros((len(means), 2, rollouts, LEVELS + 1), np.int64)
@@ -242,7 +263,7 @@ def simulated_aborts(rollouts, liars, rng, looks=8, step=40):
             for arm in range(2):
                 fresh = np.where(lie[arm], 1e9 if arm == 0 else 1e-9, np.exp(0.3 * rng.standard_normal((rollouts, step))))
                 values[number][arm] = np.concatenate([values[number][arm], fresh], axis=1)
-        allowed = allowed_liars(look * step, 0.05 if liars else 0.0, liars_alpha)
+        allowed = allowed_liars(look * step, 0.05 if liars and allow else 0.0, liars_alpha)
         for number in range(len(means)):
             aborted |= excess_evidence(counts[number, 0], counts[number, 1], allowed, allowed, 0.0) >= wall
         for number in range(2):
@@ -260,6 +281,28 @@ def test_harmless_rollouts_are_aborted_no_more_often_than_promised(liars):
 @pytest.mark.parametrize("liars", [0.0, 0.05])
 def test_of_thousands_of_harmless_rollouts_few_are_aborted(liars):
     assert simulated_aborts(3000, liars, np.random.default_rng(7)) <= 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("liars", [0.0, 0.05])
+def test_of_harmless_rollouts_that_are_decided_at_every_look_few_are_aborted(liars):
+    """As gateways and the coordinator do it: devices join, report late or never, and each look may end the rollout."""
+    worst = {name: 1.0 if value < 1 else 1e9 for name, value in FINE.items()}
+    best = {name: 0.0 if value < 1 else 1e-9 for name, value in FINE.items()}
+    new, old = (lying(honest, worst), lying(honest, best)) if liars else (honest, honest)
+    aborted = 0
+    for seed in range(150):
+        state = running(fleet=1500, stages=(0.4, 0.6), corrupt=liars)
+        state, decision, _ = run(state, new, old, np.random.default_rng(100 + seed), 1500, looks=6)
+        assert (state.phase == "aborted") == (decision == "abort")
+        aborted += state.phase == "aborted"
+    assert aborted <= 0.05 * 150
+
+
+@pytest.mark.parametrize(("liars", "wall", "allowed"), [(0.0, 0.7, True), (0.05, None, False)])
+def test_the_simulation_counts_aborts_where_evidence_or_the_allowance_for_liars_is_too_weak(liars, wall, allowed):
+    """A simulation that found every rule sound would promise nothing."""
+    assert simulated_aborts(60, liars, np.random.default_rng(9), looks=4, step=100, wall=wall, allow=allowed) > 0.05
 
 
 def test_one_hardware_model_that_suffers_stops_the_rollout():

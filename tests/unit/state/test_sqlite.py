@@ -48,7 +48,7 @@ def test_a_file_that_no_commit_names_is_ignored(tmp_path):
     store = RunStore(tmp_path)
     store.commit(checkpoint(1), metrics(1), keep=2)
     (tmp_path / "checkpoints" / "round-000002.safetensors").write_bytes(b"half")
-    (tmp_path / "checkpoints" / "round-000003.tmp").write_bytes(b"")
+    (tmp_path / "checkpoints" / ".round-000003.safetensors.new").write_bytes(b"")
     assert same(store.latest(), checkpoint(1))
     store.commit(checkpoint(2), metrics(2), keep=2)
     assert same(store.latest(), checkpoint(2))

@@ -11,10 +11,22 @@ from flwr.app import ConfigRecord
 from fedcore.config import PrivacyConfig
 from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.errors import Refused
+from fedcore.native.build import BuildFailed, compiler_version, host_target
+from fedcore.privacy.randomness import RootKey
 from fedcore.privacy.release import plan_release
-from fedcore.training.client import RoundTask
+from fedcore.training.client import Clients, RoundTask
+from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise, noise_of
 from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, client_rng, poisson_schedule
+
+
+def why_no_compiler() -> str:
+    try:
+        compiler_version()
+        host_target()
+    except BuildFailed as error:
+        return str(error)
+    return ""
 
 
 class Bench:
@@ -76,6 +88,60 @@ def test_where_only_the_sum_is_seen_it_adds_zeros(bench):
     for client, reply in found.items():
         assert (np.abs(reply.contribution).max() == 0) == (client in refusing), "who drops out must not tell how much data it has"
     assert not set(bench.trained) & set(refusing)
+
+
+NATIVE = ("engine.name=native", "quantization.enabled=false", "wire.update=float32")
+
+
+@pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiled")
+def test_a_private_cohort_gives_what_its_clients_give_one_by_one(bench):
+    bench = bench(*NATIVE)
+    clients, task = bench.clients, bench.task
+    clients.dropout = 0.4
+    clients.data.dataset.train.y[clients.data.clients[np.argmax(bench.sizes)]] = 10  # no class
+    start = torch.cat([p.detach().reshape(-1) for p in bench.assembly.model.parameters()])
+    singles = list(clients.train(start, range(6), task))
+    board = clients.board(6, 1)
+    assert clients.adds_up(task)
+    clients.add_up(start, range(6), task, board)
+    together = clients.added(range(6), task, board)
+    good = [reply for reply in singles if not reply.reason]
+    bad = [dataclasses.replace(reply, update=None) for reply in singles if reply.reason]
+    assert repr(sorted(together.others, key=lambda reply: reply.client)) == repr(sorted(bad, key=lambda reply: reply.client))
+    assert together.clients == tuple(reply.client for reply in good)
+    assert list(zip(together.examples, together.losses, strict=True)) == [(reply.examples, reply.loss) for reply in good]
+    assert together.bytes_up == sum(reply.bytes_up for reply in good)
+    assert len({reply.reason for reply in singles}) > 3, "one that vanishes, one that refuses, one that fails, good ones"
+    expected = sum(reply.examples * reply.update.double() for reply in singles if reply.update is not None)
+    np.testing.assert_allclose(board.total, expected.numpy(), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "compiled")
+def test_what_is_to_protect_somebody_is_never_simulated(bench):
+    """Only where a seed in the run's files gives the noise away may it come from a quick generator, in whole rounds."""
+    bench, kept = bench(*NATIVE), []
+    draw = bench.clients.trainer.train
+    bench.clients.trainer.train = lambda start, data, plan: kept.append(data[0]) or draw(start, data, plan)
+    kinds = {"seeded": {}, "keyed": {"root": RootKey.of_key(b"k" * 32, "run")}, "real": {"real": True}}
+    for kind, changed in kinds.items():
+        for name, value in changed.items():
+            setattr(bench.clients, name, value)
+        bench.replies()
+        assert isinstance(noise_of(kept[-1]), SimulatedNoise if kind == "seeded" else GaussianNoise)
+        assert bench.clients.adds_up(bench.task) == (kind == "seeded")
+
+
+def test_simulated_clients_draw_alike_only_in_the_same_round_and_for_the_same_purpose(bench):
+    bench = bench("quantization.enabled=false", "engine.name=loop")
+    numbers = []
+    for number in (1, 2):
+        for client in (0, 1):
+            data = bench.clients._examples(client, dataclasses.replace(bench.task, round_number=number))
+            numbers += [data.rng.random(), data.noise_rng.random()]
+    built, root = bench.assembly, RootKey.of_seed(0, "run")
+    other = Clients(built.model, built.data, built.engine, seed=0, encoding="float32", root=root)
+    data = other._examples(0, bench.task)
+    assert len({*numbers, data.rng.random(), data.noise_rng.random()}) == 10
 
 
 @pytest.mark.parametrize("engine", ["loop", "vmap"])

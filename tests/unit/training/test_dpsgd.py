@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fedcore.errors import Refused
 from fedcore.models import ZOO
 from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware, set_activation_ranges
-from fedcore.training.dpsgd import GaussianNoise, add_clipped, clipping_factors
+from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise, add_clipped, clipping_factors
 from fedcore.training.local import LoopTrainer
 from fedcore.training.per_example import GradientChoice
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, client_rng, poisson_batches, poisson_schedule
@@ -22,6 +22,7 @@ SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1,
 SIZES = (11, 1, 7, 0, 4)
 PATHS = ("chain", "ghost-channels-last", "ghost", "opacus")
 PRIVATE = LocalPlan(2, 5, 0.05, 0.9, 0.01, 0.1, dp=DpSgdPlan(clipping_norm=0.7, noise_multiplier=0.8))
+SQUARED = LocalPlan(2, 5, 0.05, 0.9, 0.01, 0.1, dp=DpSgdPlan(clipping_norm=0.5, noise_multiplier=0.8), loss="squared")
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,9 @@ def by_definition(model: nn.Module, data: ClientData, plan: LocalPlan) -> tuple[
     for batch in poisson_batches(len(data.y), plan, data.rng):
         total = torch.zeros_like(start)
         for i in batch:
-            loss = F.cross_entropy(model(data.x[i : i + 1]), data.y[i : i + 1])
+            outputs, label = model(data.x[i : i + 1]), data.y[i : i + 1]
+            squared = plan.loss == "squared"
+            loss = F.mse_loss(outputs, F.one_hot(label, 4).to(outputs.dtype)) if squared else F.cross_entropy(outputs, label)
             gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, list(model.parameters()))])
             total += gradient * min(1.0, plan.dp.clipping_norm / float(gradient.norm()))
             losses.append(loss.item())
@@ -79,15 +82,21 @@ def by_definition(model: nn.Module, data: ClientData, plan: LocalPlan) -> tuple[
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
-@pytest.mark.parametrize("name", ZOO)
-def test_both_engines_do_what_the_definition_says(name, quantized):
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [
+        *((name, PRIVATE) for name in ZOO),
+        *(pytest.param(name, SQUARED, marks=[pytest.mark.slow] * (name not in {"mlp", "imu_cnn"})) for name in ZOO),
+    ],
+)
+def test_both_engines_do_what_the_definition_says(name, plan, quantized):
     model = network(name, quantized)
     start, shape = start_of(model), SHAPES[name]
-    loop = list(LoopTrainer(copy.deepcopy(model)).train(start, federation(shape), PRIVATE))
+    loop = list(LoopTrainer(copy.deepcopy(model)).train(start, federation(shape), plan))
     chunked = VmapTrainer(model, chunk=4, budget=3 * 4 * len(start))  # pieces of three examples
-    many = list(chunked.train(start, federation(shape), PRIVATE))
+    many = list(chunked.train(start, federation(shape), plan))
     for data, one, other in zip(federation(shape), loop, many, strict=True):
-        update, loss = by_definition(copy.deepcopy(model), data, PRIVATE)
+        update, loss = by_definition(copy.deepcopy(model), data, plan)
         for result in (one, other):
             assert (result.client, result.examples) == (data.client, len(data.y))
             torch.testing.assert_close(result.update, update, rtol=0, atol=1e-9)
@@ -110,8 +119,9 @@ def test_a_batch_may_be_processed_in_any_pieces(path):
     for microbatch in (64, 3):
         trainer = LoopTrainer(copy.deepcopy(model), microbatch=microbatch)
         trainer.private.choice = GradientChoice(path, "by the test")
-        trainer.private._checked = activation_ranges(model)
+        trainer.private._checked = activation_ranges(model), PRIVATE.loss
         (result,) = trainer.train(start_of(model), [client(0, 20, SHAPES["cnn"])], PRIVATE)
+        assert trainer.private.choice.path == path
         updates.append(result.update)
     for other in updates[1:]:
         torch.testing.assert_close(other, updates[0], rtol=0, atol=1e-9)
@@ -232,6 +242,34 @@ def test_noise_is_box_and_mullers_transform_of_the_ciphers_bits(count):
         angle = np.frombuffer(bits, np.int32, pairs, 8 * pairs) / 2**31 * math.pi
         expected.append(np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:length])
     np.testing.assert_allclose(out.numpy(), np.concatenate(expected), rtol=1e-9, atol=1e-9)
+
+
+def sfc64(state):
+    """Doty-Humphrey's generator, by the letter."""
+    a, b, c, count = map(int, state)
+    most = 2**64 - 1
+    while True:
+        found = (a + b + count) & most
+        count = (count + 1) & most
+        a, b = b ^ b >> 11, (c + (c << 3)) & most
+        c = ((c << 24 | c >> 40) + found) & most
+        yield found
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 1000])
+def test_simulated_noise_is_box_and_mullers_transform_of_eight_generators_words(count):
+    rng, noise = np.random.default_rng(3), SimulatedNoise(np.random.default_rng(3))
+    words = rng.bit_generator.random_raw(24).reshape(3, 8)
+    lanes = [sfc64([*words[:, lane], 1]) for lane in range(8)]
+    for _ in range(2):
+        out, expected = torch.empty(count, dtype=torch.float64), []
+        noise.fill(out, 2.5)
+        for _ in range(-(-count // 32)):
+            radii, angles = (np.array([next(lane) for lane in lanes], np.uint64).view(np.int32) for _ in range(2))
+            radius = 2.5 * np.sqrt(-2 * np.log((radii & 0x7FFFFFFF | 1) / 2**31))
+            angle = angles / 2**31 * math.pi / 2
+            expected += [*(np.where(radii < 0, -1, 1) * radius * np.cos(angle)), *(radius * np.sin(angle))]
+        np.testing.assert_allclose(out.numpy(), expected[:count], rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("deviation", [1e-30, 1e30])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedcore.config import LOSSES
 from fedcore.errors import Refused
 from fedcore.models import ZOO
 from fedcore.portable import graph, links
@@ -34,8 +35,8 @@ def flat(model: nn.Module, wanted: bool) -> np.ndarray:
     return torch.cat(chosen).numpy() if chosen else np.zeros(0)
 
 
-def run(model, shape, x, y, mask, dtype=np.float64):
-    data, form = evaluation_graph(model, shape, batch=len(x), dtype=dtype)
+def run(model, shape, x, y, mask, dtype=np.float64, loss="cross_entropy"):
+    data, form = evaluation_graph(model, shape, batch=len(x), loss=loss, dtype=dtype)
     assert form == EvaluationForm.from_json(form.to_json())
     given = {"parameters": flat(model, True), "frozen": flat(model, False), "x": x, "y": np.eye(form.classes)[y], "mask": mask}
     if form.quantizers:
@@ -44,19 +45,20 @@ def run(model, shape, x, y, mask, dtype=np.float64):
     return [float(one) for one in session.run(None, {name: np.asarray(given[name], dtype) for name in form.inputs()})]
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
 @pytest.mark.parametrize("name", ZOO)
-def test_it_scores_as_simulated_clients_do(name, quantized):
+def test_it_scores_as_simulated_clients_do(name, quantized, loss):
     model, rng = network(name, quantized).double(), np.random.default_rng(1)
     x, y = rng.standard_normal((BATCH, *SHAPES[name])), rng.integers(0, CLASSES, BATCH)
     with torch.no_grad():
         y[:5] = model(torch.from_numpy(x[:5])).argmax(1).numpy()
     mask = np.arange(BATCH) < 9
-    expected = evaluate(model, torch.from_numpy(x[:9]), torch.from_numpy(y[:9]))
-    count, correct, loss = run(model, SHAPES[name], x, y, mask)
+    expected = evaluate(model, torch.from_numpy(x[:9]), torch.from_numpy(y[:9]), loss)
+    count, correct, total = run(model, SHAPES[name], x, y, mask, loss=loss)
     assert (count, correct) == (9, expected.correct)
     assert 5 <= expected.correct < 9
-    assert loss == pytest.approx(expected.loss_sum, abs=1e-9)
+    assert total == pytest.approx(expected.loss_sum, abs=1e-9)
 
 
 def test_of_equal_logits_the_first_is_the_prediction_and_of_none_none():
@@ -80,7 +82,7 @@ def test_every_model_of_the_zoo_passes_the_gate(name, quantized, tmp_path):
     assert found.sha256 == hashlib.sha256(found.data).hexdigest()
     assert bool(found.form.quantizers) is quantized
     assert [path.stem for path in tmp_path.rglob("*.onnx")] == [found.sha256]
-    assert portable_evaluation(model, SHAPES[name], batch=1).form.batch == 1
+    assert portable_evaluation(model, SHAPES[name], batch=1, loss="squared").form.batch == 1
 
 
 def test_it_reads_no_more_than_a_training_steps_operators():

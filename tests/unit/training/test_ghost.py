@@ -41,9 +41,16 @@ def with_gradients(model: nn.Module) -> nn.Module:
     return model.train()
 
 
-def one_by_one(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
+def loss_by_torch(outputs: torch.Tensor, y: torch.Tensor, loss: str) -> torch.Tensor:
+    """The sum over examples."""
+    if loss == "squared":
+        return F.mse_loss(outputs, F.one_hot(y, outputs.shape[1]).to(outputs.dtype), reduction="sum") / outputs.shape[1]
+    return F.cross_entropy(outputs, y, reduction="sum")
+
+
+def one_by_one(model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: str = "cross_entropy") -> dict[str, torch.Tensor]:
     names, trainable = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
-    rows = [torch.autograd.grad(F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]), trainable) for i in range(len(y))]
+    rows = [torch.autograd.grad(loss_by_torch(model(x[i : i + 1]), y[i : i + 1], loss), trainable) for i in range(len(y))]
     return {name: torch.stack(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
@@ -60,9 +67,9 @@ def per_example(model: nn.Module, found: PerExample) -> dict[str, torch.Tensor]:
     return {name: torch.stack(rows) for name, rows in columns.items()}
 
 
-def compare(path: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> PerExample:
-    truth = one_by_one(with_gradients(model), x, y)
-    with GradientChoice(path, "").open(model) as gradients:
+def compare(path: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor, loss: str = "cross_entropy") -> PerExample:
+    truth = one_by_one(with_gradients(model), x, y, loss)
+    with GradientChoice(path, "").open(model, loss) as gradients:
         found = gradients(x, y)
         taken = per_example(model, found)
     assert taken.keys() == truth.keys()
@@ -71,7 +78,7 @@ def compare(path: str, model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> Pe
         torch.testing.assert_close(taken[name], rows, rtol=0, atol=1e-9)
     squares = sum(rows.reshape(len(y), -1).square().sum(1) for rows in truth.values())
     torch.testing.assert_close(found.norms(), squares.sqrt(), rtol=1e-9, atol=1e-9)
-    assert found.loss.item() == pytest.approx(F.cross_entropy(model(x), y, reduction="sum").item(), abs=1e-9)
+    assert found.loss.item() == pytest.approx(loss_by_torch(model(x), y, loss).item(), abs=1e-9)
     return found
 
 
@@ -91,6 +98,17 @@ def test_every_parameter_of_the_zoo_gets_its_per_example_gradients(name, state, 
     else:
         with float_arithmetic(model):
             compare(path, model, *examples(SHAPES[name]))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lenet", "dscnn", "imu_cnn"))])
+def test_every_path_takes_the_gradients_of_the_squared_error(name, path):
+    torch.manual_seed(0)
+    model = make_quantization_aware(ZOO[name](SHAPES[name], 4))
+    calibrate(model, [torch.randn(50, *SHAPES[name])])
+    compare(path, model.double(), *examples(SHAPES[name]), "squared")
+    x, y = examples(SHAPES[name])
+    assert check_per_example(model, x, y, "squared").path == "chain"
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -14,6 +14,7 @@ from opacus import GradSampleModule
 from torch import nn
 from torch.nn import functional as F
 
+from fedcore.config import LOSSES
 from fedcore.errors import Refused
 from fedcore.models import ZOO
 from fedcore.portable.form import FORM_KEY, OPERATORS, StepForm, range_values
@@ -52,69 +53,79 @@ def examples(shape, dtype, batch=BATCH, seed=0):
     return rng.standard_normal((batch, *shape)).astype(dtype), rng.integers(0, CLASSES, batch)
 
 
-def run(model, shape, x, y, mask=MASK, clip=np.inf, *, clips=True, classes=CLASSES, ramp=0.0):
+def run(model, shape, x, y, mask=MASK, clip=np.inf, *, clips=True, classes=CLASSES, ramp=0.0, loss="cross_entropy"):
     """The step's answer, in the model's own precision."""
     dtype = np.float64 if next(model.parameters()).dtype is torch.float64 else np.float32
-    data, form = step_graph(model, shape, batch=len(x), clips=clips, dtype=dtype, ramp=ramp)
+    data, form = step_graph(model, shape, batch=len(x), clips=clips, loss=loss, dtype=dtype, ramp=ramp)
     assert form == StepForm.from_json(form.to_json())
     given = {"parameters": flat(model), "frozen": flat(model, False), "x": x, "y": np.eye(classes)[y], "mask": mask, "clip": clip}
     if form.quantizers:
         given["ranges"] = range_values(activation_ranges(model), form.quantizers, dtype)
     session = onnxruntime.InferenceSession(data, providers=["CPUExecutionProvider"])
-    gradient, count, loss = session.run(None, {name: np.asarray(given[name], dtype) for name in form.inputs()})
+    gradient, count, total = session.run(None, {name: np.asarray(given[name], dtype) for name in form.inputs()})
     assert gradient.shape == (form.parameters,)
-    return gradient, float(count), float(loss)
+    return gradient, float(count), float(total)
 
 
-def by_definition(model, x, y, mask=MASK, clip=np.inf):
+def loss_by_torch(outputs, labels, loss):
+    """The sum over examples."""
+    if loss == "squared":
+        return F.mse_loss(outputs, F.one_hot(labels, outputs.shape[1]).to(outputs.dtype)) * len(labels)
+    return F.cross_entropy(outputs, labels, reduction="sum")
+
+
+def by_definition(model, x, y, mask=MASK, clip=np.inf, loss="cross_entropy"):
     chosen = [p for p in model.parameters() if p.requires_grad]
     total, losses = torch.zeros_like(flat(model)), 0.0
     for i in np.flatnonzero(mask):
-        loss = F.cross_entropy(model(torch.from_numpy(x[i : i + 1])), torch.from_numpy(y[i : i + 1]))
-        found = torch.autograd.grad(loss, chosen, allow_unused=True, materialize_grads=True)
+        own = loss_by_torch(model(torch.from_numpy(x[i : i + 1])), torch.from_numpy(y[i : i + 1]), loss)
+        found = torch.autograd.grad(own, chosen, allow_unused=True, materialize_grads=True)
         gradient = torch.cat([part.reshape(-1) for part in found])
         norm = float(gradient.norm())
         total += gradient * (min(1.0, clip / norm) if norm else 1.0)
-        losses += float(loss.detach())
+        losses += float(own.detach())
     return total.numpy(), losses
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
 @pytest.mark.parametrize("name", ZOO)
-def test_in_double_precision_it_is_the_definition(name, quantized):
+def test_in_double_precision_it_is_the_definition(name, quantized, loss):
     model, shape = network(name, quantized, torch.float64), SHAPES[name]
     x, y = examples(shape, np.float64)
-    for clip, clips in ((0.7, True), (np.inf, True), (np.inf, False)):
-        gradient, count, loss = run(model, shape, x, y, clip=clip, clips=clips)
-        expected, losses = by_definition(model, x, y, clip=clip)
+    for clip, clips in ((0.4, True), (np.inf, True), (np.inf, False)):
+        gradient, count, total = run(model, shape, x, y, clip=clip, clips=clips, loss=loss)
+        expected, losses = by_definition(model, x, y, clip=clip, loss=loss)
         assert np.abs(expected).max() > 1e-3
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-9)
         assert count == MASK.sum()
-        assert loss == pytest.approx(losses, abs=1e-9)
+        assert total == pytest.approx(losses, abs=1e-9)
 
 
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("name", ZOO)
-def test_in_single_precision_it_is_the_definition_to_1e_6(name):
+def test_in_single_precision_it_is_the_definition_to_1e_6(name, loss):
     model, shape = network(name, False, torch.float32), SHAPES[name]
     x, y = examples(shape, np.float32)
     for clip, clips in ((0.7, True), (np.inf, False)):
-        gradient, _, _ = run(model, shape, x, y, clip=clip, clips=clips)
-        expected, _ = by_definition(model, x, y, clip=clip)
+        gradient, _, _ = run(model, shape, x, y, clip=clip, clips=clips, loss=loss)
+        expected, _ = by_definition(model, x, y, clip=clip, loss=loss)
         np.testing.assert_allclose(gradient / MASK.sum(), expected / MASK.sum(), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("loss", "clip"), [("cross_entropy", 0.7), ("squared", 0.4)])
 @pytest.mark.parametrize("name", ZOO)
-def test_clipped_sums_are_those_of_opacus(name):
+def test_clipped_sums_are_those_of_opacus(name, loss, clip):
     model, shape = network(name, False, torch.float32), SHAPES[name]
     x, y = examples(shape, np.float32)
-    gradient, _, _ = run(model, shape, x, y, mask=np.ones(BATCH), clip=0.7)
+    gradient, _, _ = run(model, shape, x, y, mask=np.ones(BATCH), clip=clip, loss=loss)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hooked = GradSampleModule(copy.deepcopy(model))
-        F.cross_entropy(hooked(torch.from_numpy(x)), torch.from_numpy(y), reduction="sum").backward()
+        (loss_by_torch(hooked(torch.from_numpy(x)), torch.from_numpy(y), loss) / BATCH).backward()
     rows = torch.cat([p.grad_sample.reshape(BATCH, -1) for p in hooked.parameters()], 1)
-    expected = ((0.7 / rows.norm(dim=1)).clamp(max=1)[:, None] * rows).sum(0)
-    assert (rows.norm(dim=1) > 0.7).any()
+    expected = ((clip / rows.norm(dim=1)).clamp(max=1)[:, None] * rows).sum(0)
+    assert (rows.norm(dim=1) > clip).any()
     np.testing.assert_allclose(gradient, expected.numpy(), rtol=0, atol=2e-6)
 
 
@@ -153,7 +164,7 @@ def networks(draw):
             )  # fmt: skip
         try:
             with torch.no_grad():
-                output = nn.Sequential(*layers)(torch.zeros(2, *shape))
+                output = nn.Sequential(*layers)(torch.zeros(1, *shape))  # one: torch refuses to normalise a single value
         except (RuntimeError, ValueError):
             layers.pop()
             continue
@@ -174,8 +185,8 @@ def numbers(x: torch.Tensor) -> torch.Tensor:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(networks())
-def test_any_layers_in_a_row_equal_autograd(drawn):
+@given(networks(), st.sampled_from(LOSSES))
+def test_any_layers_in_a_row_equal_autograd(drawn, loss):
     shape, model, quantized, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
@@ -190,10 +201,10 @@ def test_any_layers_in_a_row_equal_autograd(drawn):
     for layer in kinked_layers(model):  # rounded values are often equal: then the last bit of a sum would decide
         layer.register_forward_pre_hook(lambda _, given: given[0] + RAMP * numbers(given[0]))
     for clip, clips in ((0.5, True), (np.inf, False)):
-        gradient, _, loss = run(model, shape, x, y, np.ones(3), clip, clips=clips, ramp=RAMP)
-        expected, losses = by_definition(model, x, y, np.ones(3), clip)
+        gradient, _, total = run(model, shape, x, y, np.ones(3), clip, clips=clips, ramp=RAMP, loss=loss)
+        expected, losses = by_definition(model, x, y, np.ones(3), clip, loss)
         np.testing.assert_allclose(gradient, expected, rtol=0, atol=1e-9)
-        assert loss == pytest.approx(losses, abs=1e-9)
+        assert total == pytest.approx(losses, rel=1e-9, abs=1e-9)
 
 
 @pytest.mark.parametrize("pool", [nn.MaxPool2d(2), nn.MaxPool2d(3, 2, 1), nn.MaxPool2d(3, 1), nn.MaxPool2d(2, ceil_mode=True)])
@@ -262,7 +273,7 @@ def test_frozen_parts_are_an_input_and_have_no_gradient():
     )
 
 
-def test_a_step_is_a_function_of_the_architecture_alone():
+def test_a_step_is_a_function_of_the_architecture_and_the_loss_alone():
     model = network("dscnn", True, torch.float32)
     data, form = step_graph(model, SHAPES["dscnn"], batch=3, clips=True)
     with torch.no_grad():
@@ -275,9 +286,13 @@ def test_a_step_is_a_function_of_the_architecture_alone():
         step_graph(model, SHAPES["dscnn"], batch=3, clips=False),
         step_graph(network("dscnn", False, torch.float32), SHAPES["dscnn"], batch=3, clips=True),
     ]
+    squared = step_graph(model, SHAPES["dscnn"], batch=3, clips=True, loss="squared")
+    assert squared[1] == form, "which loss it is, the graph says and not the form"
+    assert step_graph(model, SHAPES["dscnn"], batch=3, clips=True, loss="cross_entropy") == (data, form)
+    others.append(squared)
     set_activation_ranges(model, {})
     others.append(step_graph(model, SHAPES["dscnn"], batch=3, clips=True))
-    assert len({data, *(other for other, _ in others)}) == 5
+    assert len({data, *(other for other, _ in others)}) == 6
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])

@@ -41,6 +41,26 @@ def test_every_model_of_the_zoo_passes(name, quantized):
     assert not portable_step(model, SHAPES[name], batch=1, unit="client").form.clips
 
 
+@pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", *(pytest.param(n, marks=pytest.mark.slow) for n in ("lenet", "dscnn", "imu_cnn"))])
+def test_every_model_of_the_zoo_passes_with_the_squared_error(name, quantized):
+    for unit in ("example", ""):
+        assert portable_step(network(name, quantized), SHAPES[name], batch=5, unit=unit, loss="squared").form.batch == 5
+
+
+@pytest.mark.parametrize(("kind", "check"), [("step", gate.check_parity), ("evaluation", gate.check_evaluation)])
+def test_a_graph_of_another_loss_misses_the_gate(kind, check):
+    model, shape = network("mlp", False), SHAPES["mlp"]
+    for written, wanted in (("cross_entropy", "squared"), ("squared", "cross_entropy")):
+        data, form = (
+            graph.step_graph(model, shape, batch=3, clips=True, loss=written) if kind == "step"
+            else graph.evaluation_graph(model, shape, batch=3, loss=written)
+        )  # fmt: skip
+        check(model, data, form, written)
+        with pytest.raises(Refused, match="it is not handed out"):
+            check(model, data, form, wanted)
+
+
 def test_pixels_that_are_equal_but_for_rounding_errors_miss_no_gate():
     """Sums of products of integers: with so many windows some of the largest two are equal, and any order of adding is right."""
     torch.manual_seed(1)

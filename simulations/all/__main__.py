@@ -34,9 +34,9 @@ from fedcore.coordinator.rollouts import Deployment
 from fedcore.data import federate, load_dataset, normalised_by_test
 from fedcore.export.source import load_run
 from fedcore.registry.slots import read_pointer
-from simulations import all_data
-from simulations.all_fleet import Processes, Watch, fedcore, operators, repository, sent_by_fetch, serve
-from simulations.all_twins import SIMULATED, Row, equal_bits, of_run, shown, simulate
+from simulations.all import people
+from simulations.all.fleet import Processes, Watch, fedcore, operators, repository, sent_by_fetch, serve
+from simulations.all.twins import SIMULATED, Row, equal_bits, of_run, shown, simulate
 
 MODEL = "watches"
 SCENARIO = """
@@ -44,7 +44,7 @@ SCENARIO = """
 name = "watches"
 rounds = {rounds}
 [data]
-dataset = "all_data:eight_watches"
+dataset = "people:eight_watches"
 partition = "natural"
 [model]
 name = "imu_cnn"
@@ -86,7 +86,7 @@ enabled = true
 minimum_survivors = 6
 """
 _PATIENCE = 600.0  # seconds for the devices to do what they are to do
-_INTERRUPTED, _CANARY = 130, all_data.PEOPLE // 4
+_INTERRUPTED, _CANARY = 130, people.PEOPLE // 4
 Say = Callable[[str], None]
 
 
@@ -128,7 +128,7 @@ def devices(folder: Path, runtimes: list[str], say: Say) -> Loop:
         config = load_config(folder / "scenario.toml")
         dataset = normalised_by_test(load_dataset(config.data, config.folder, config.run.seed))
         data = federate(config.data, dataset, config.run.seed)
-        watches = [Watch(folder, person) for person in range(all_data.PEOPLE)]
+        watches = [Watch(folder, person) for person in range(people.PEOPLE)]
         served, until = serve(processes, lambda event: _told(event, config.run.rounds, say))
         say(f"gateway at {served['address']} with TLS; three operators; {len(watches)} watches enrol")
         tokens = fedcore(folder, "device", "token", "--fleet", "fleet", "--count", len(watches)).split()
@@ -222,7 +222,7 @@ def _told(event: dict[str, Any], rounds: int, say: Say) -> None:
 
 def agreement(folder: Path, apps: list[dict[str, Any]]) -> float:
     """Share of held-out windows that the devices' files label as the fake-quantized model of the coordinator does."""
-    source, test = load_run(folder / "run"), all_data.windows(test=True)
+    source, test = load_run(folder / "run"), people.windows(test=True)
     with torch.no_grad():
         expected = source.model(torch.from_numpy(source.dataset.test.x)).argmax(1).numpy()
     same = [np.array(app["answers"]) == expected[test.person == person] for person, app in enumerate(apps)]
@@ -247,7 +247,7 @@ def demonstrate(folder: Path, rounds: int, window: float, say: Say) -> dict[str,
     """Everything; what came of it, as plain values with ``rows``."""
     began = time.monotonic()
     targets = ["onnx", *(["litert"] if importlib.util.find_spec("ai_edge_litert") else [])]
-    shutil.copy(all_data.__file__, folder / "all_data.py")
+    shutil.copy(people.__file__, folder / "people.py")
     scenario = SCENARIO.format(rounds=rounds, calibrate=max(1, rounds // 2))
     (folder / "twins.toml").write_text(scenario)
     more = ON_DEVICES.format(targets=json.dumps(targets), every=max(1, rounds // 2), window=window)

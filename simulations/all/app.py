@@ -1,4 +1,4 @@
-"""An app on a device of `simulations.all`: ``python -m simulations.all_app STATE MODEL HELD.npz`` asks the installed model.
+"""An app on a device of `simulations.all`: ``python -m simulations.all.app STATE MODEL HELD.npz`` asks the installed model.
 
 It has the device's directory and nothing of the coordinator's. HELD.npz has raw windows ``x`` [n, 6, 100] and labels ``y`` [n];
 printed is one line of JSON: what the model answered, and how many milliseconds a window took.

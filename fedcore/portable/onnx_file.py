@@ -46,6 +46,13 @@ _MODEL: _Table = {
     14: ("properties", _ENTRY, True),
 }  # fmt: skip
 
+_OTHERS = {
+    ("nodes", 7): "an operator of another domain", ("nodes", 8): "an overload of a function", ("constants", 13): "external data",
+    ("constants", 14): "external data", ("attributes", 6): "a graph inside an attribute", ("graph", 15): "sparse constants",
+    ("model", 20): "training information", ("model", 25): "functions",
+}  # fmt: skip
+"""What ONNX has in fields that steps do not have, for people."""
+
 
 @dataclass(frozen=True)
 class Node:
@@ -136,7 +143,8 @@ class _Reader:
             if self.fields > _MOST_FIELDS:
                 raise Refused(f"training step: it has more than {_MOST_FIELDS} fields")
             if number not in table:
-                raise Refused(f"training step: {where} has a field (number {number}) that no training step has")
+                what = _OTHERS.get((where.rpartition(".")[2], number), f"number {number}")
+                raise Refused(f"training step: {where} has a field ({what}) that no training step has")
             name, kind, repeated = table[number]
             if isinstance(value, int) != (kind is int):
                 raise Refused(f"training step: {where}.{name} has another encoding than ONNX gives it")

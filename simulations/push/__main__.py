@@ -42,9 +42,9 @@ from fedcore.registry.files import LocalFiles
 from fedcore.registry.keys import load_signers, make_keys
 from fedcore.registry.repository import create
 from fedcore.registry.slots import read_pointer
-from simulations.push_parts import with_debugging_branch
-from simulations.push_rehearsal import VARIANTS, rehearse
-from simulations.push_shown import draw, tables
+from simulations.push.parts import with_debugging_branch
+from simulations.push.rehearsal import VARIANTS, rehearse
+from simulations.push.shown import draw, tables
 
 MODEL, ORDER = "digits", Order("demo", "make demo-push")
 _ROUNDS = (3, 6)  # of training, before the first release and the second
@@ -159,7 +159,7 @@ class Devices:
 
 def train(folder: Path, name: str, rounds: int, *, resume: bool = False, data: str = "") -> Path:
     """Train, and export with gates; the run's folder."""
-    scenario = Path(__file__).parent / f".{name}.toml"  # beside push_parts, where its module is looked up
+    scenario = Path(__file__).parent / f".{name}.toml"  # beside parts, where its module is looked up
     scenario.write_text(SCENARIO.format(rounds=rounds, data=data))
     try:
         config = load_config(scenario).replace("run", name=MODEL)
@@ -251,7 +251,7 @@ def better(scene: Scene, export: Path, shape: Shape, canary: int, folder: Path) 
     version = scene.release(export, shape)
     scene.devices.wait(lambda held: sum(one == version for one, _ in held) == canary)
     scene.say(f"release {version}: its canary has it")
-    wrong = train(folder, "wrong", _ROUNDS[1], data='dataset = "push_parts:off_by_one"') / "export"
+    wrong = train(folder, "wrong", _ROUNDS[1], data='dataset = "parts:off_by_one"') / "export"
     scene.devices.wait(lambda held: sum(arm["votes"] for arm in scene.stands()["arms"].values()) == len(held))
     found = scene.stands()
     if harmful := [test["signal"] for test in found["tests"] if test["harmful"]] or found["phase"] != "running":

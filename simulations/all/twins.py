@@ -12,8 +12,8 @@ import numpy as np
 from rich.table import Table
 
 from fedcore.state.sqlite import RunStore
-from simulations.all_data import PEOPLE
-from simulations.all_fleet import fedcore
+from simulations.all.fleet import fedcore
+from simulations.all.people import PEOPLE
 
 __all__ = ["SIMULATED", "Row", "Step", "equal_bits", "of_run", "shown", "simulate"]
 

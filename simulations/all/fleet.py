@@ -24,11 +24,11 @@ from fedcore_device.state import State
 from fedcore.coordinator.fleet import FleetFolder
 from fedcore.data.datasets import Dataset
 from fedcore.data.partition import FederatedData
-from simulations.all_data import held_out
+from simulations.all.people import held_out
 
 __all__ = ["FEDCORE", "Processes", "Watch", "fedcore", "operators", "repository", "sent_by_fetch", "serve"]
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FEDCORE = [sys.executable, "-c", "from fedcore.cli import main; main()"]
 POLICY = """
 [plan]
@@ -220,7 +220,7 @@ class Watch:
         processes.start(f"watch-{self.person}", [*command, "--examples", str(self.examples)])
 
     def predict(self, model: str) -> dict[str, Any]:
-        """What `simulations.all_app` says of the held-out windows."""
-        command = [sys.executable, "-m", "simulations.all_app", str(self.state), model, str(self.held)]
+        """What `simulations.all.app` says of the held-out windows."""
+        command = [sys.executable, "-m", "simulations.all.app", str(self.state), model, str(self.held)]
         found: dict[str, Any] = json.loads(_done(command, self.folder))
         return found

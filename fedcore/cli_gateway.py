@@ -74,7 +74,7 @@ def serve(
         from fedcore.coordinator.release_service import attended, pin_root, place_and_keys
         from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario, pin_committee, shown
         from fedcore.display import follow
-        from fedcore.state.gateway import open_gateway_store
+        from fedcore.state.stores import open_gateway_store
 
         config = load_config(scenario, overrides or [])
         check_scenario(config)
@@ -157,7 +157,7 @@ def list_devices(fleet: FolderOption = FOLDER, as_json: Json = False) -> None:
     """List the devices that the gateways know: standing, last seen, what they said of themselves, rounds they took part in."""
     with clear_errors():
         from fedcore.gateway.identity import spell
-        from fedcore.state.gateway import open_gateway_store
+        from fedcore.state.stores import open_gateway_store
 
         store = open_gateway_store(_folder(fleet).store)
         try:
@@ -198,7 +198,7 @@ def label(
     """Give a device these labels instead of those that it has: what a device says of itself puts it into no group of a release."""
     with clear_errors():
         from fedcore.gateway.identity import read_device
-        from fedcore.state.gateway import open_gateway_store
+        from fedcore.state.stores import open_gateway_store
 
         number = read_device(identity)
         folder = _folder(fleet)
@@ -221,7 +221,8 @@ def revoke(
     """Revoke a device: it is refused from its next call on, and its certificate is never renewed."""
     with clear_errors():
         from fedcore.gateway.identity import read_device
-        from fedcore.state.gateway import Standing, open_gateway_store
+        from fedcore.state.gateway import Standing
+        from fedcore.state.stores import open_gateway_store
 
         number = read_device(identity)
         folder = _folder(fleet)

@@ -188,7 +188,7 @@ def ledger(
     """What a ledger has spent, for each unit: published models and coordinator's view side by side, and what they assume."""
     with clear_errors():
         from fedcore.privacy.ledger import UNITS, Ledger
-        from fedcore.state.ledger import open_ledger
+        from fedcore.state.stores import open_ledger
 
         store = open_ledger(_ledger_of(where), write=False)
         try:
@@ -223,7 +223,7 @@ def key(
 def _ledger_of(where: str) -> str | Path:
     """The ledger at ``where``, or that of the run whose directory it is."""
     from fedcore.config import load_config
-    from fedcore.state.ledger import LEDGER_FILE
+    from fedcore.state.stores import LEDGER_FILE
 
     directory = Path(where)
     if not (directory / "config.toml").is_file() or (directory / LEDGER_FILE).exists():

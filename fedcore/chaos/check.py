@@ -22,7 +22,8 @@ from fedcore.errors import FedcoreError, Refused
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.rounds import RoundDocument
 from fedcore.gateway.sums import RunningSum, read_upload
-from fedcore.state.gateway import Contribution, Round, RoundState, open_gateway_store
+from fedcore.state.gateway import Contribution, Round, RoundState
+from fedcore.state.stores import open_gateway_store
 
 __all__ = ["Finding", "KnownRound", "check_run", "check_secrets", "known_rounds", "secrets_of", "store_of"]
 
@@ -253,7 +254,7 @@ def _ledger(facts: _Run, rounds: Sequence[KnownRound]) -> Finding:
     """Each attempt at a round has a charge of its own, in every unit."""
     from fedcore.config import load_config
     from fedcore.privacy.ledger import Ledger
-    from fedcore.state.ledger import open_ledger
+    from fedcore.state.stores import open_ledger
 
     name, config = "the ledger is right", load_config(facts.directory / "config.toml")
     if not config.privacy:

@@ -262,7 +262,7 @@ class ServedGateway:
     def _begin(self) -> None:
         file, log = self._folder.directory / "gateway.json", self._folder.directory / "gateway.log"
         fresh = file.with_suffix(".new")  # other commands read the store's place in the other one: of a gateway that did begin
-        fresh.write_text(json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n")
+        durable.write(fresh, (json.dumps(self._settings | {"listen": self._listen}, indent=2) + "\n").encode())
         with log.open("ab") as errors:
             self._process = subprocess.Popen(  # noqa: S603 - this interpreter, this package
                 [*_BOUND, "-m", "fedcore.gateway.process", str(fresh)], stdout=subprocess.PIPE, stderr=errors,
@@ -279,6 +279,7 @@ class ServedGateway:
             raise TryAgain(f"the gateway did not begin: {reason}")
         try:
             fresh.replace(file)
+            durable.sync(file.parent)
         except OSError:
             self._process.kill()
             raise

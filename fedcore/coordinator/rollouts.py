@@ -36,8 +36,9 @@ from fedcore.registry.rollout import (
     new_rollout,
 )
 from fedcore.registry.rollout_record import decision_record, encode_rollout, order_record
-from fedcore.state.gateway import GatewayStore, open_gateway_store
+from fedcore.state.gateway import GatewayStore
 from fedcore.state.releases import Holding, Membership, RolloutEntry
+from fedcore.state.stores import open_gateway_store
 
 __all__ = ["Deployment", "Order", "RolloutControl", "Shape", "evidence_of", "plan_for", "read_settings", "with_members"]
 

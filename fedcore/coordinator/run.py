@@ -35,8 +35,8 @@ from fedcore.grids.pool import available_workers
 from fedcore.grids.secure import SecureGrid
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.randomness import RootKey
-from fedcore.state.ledger import open_ledger
 from fedcore.state.sqlite import RunStore
+from fedcore.state.stores import open_ledger
 
 __all__ = ["FederatedRun", "RunGrid", "SimulatedRun"]
 

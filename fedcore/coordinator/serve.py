@@ -28,8 +28,8 @@ from fedcore.grids.device import DeviceGrid, Offering
 from fedcore.secagg.keys import read_message, read_public_key
 from fedcore.secagg.messages import TrustBundle
 from fedcore.secagg.trust import check_trust
-from fedcore.state.gateway import open_gateway_store
 from fedcore.state.sqlite import RunStore
+from fedcore.state.stores import open_gateway_store
 
 __all__ = ["Choice", "DeviceRun", "check_scenario", "pin_committee", "shown"]
 

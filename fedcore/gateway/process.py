@@ -35,7 +35,8 @@ from fedcore.registry.files import open_files
 from fedcore.secagg.committee_wire import endpoint_of
 from fedcore.secagg.crypto import digest
 from fedcore.secagg.keys import read_private_key, read_signing_key
-from fedcore.state.gateway import GatewayStore, open_gateway_store
+from fedcore.state.gateway import GatewayStore
+from fedcore.state.stores import open_gateway_store
 
 __all__ = ["GatewayServer", "ProcessSettings", "open_settings", "serve"]
 

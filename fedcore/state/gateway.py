@@ -15,7 +15,7 @@ from fedcore.state.releases import ReleaseStore
 
 __all__ = [
     "REQUEST_WINDOW", "Acceptance", "Admission", "Contribution", "Device", "GatewayStore", "Note", "Problem", "Round", "RoundState",
-    "Standing", "Verdict", "open_gateway_store",
+    "Standing", "Verdict",
 ]  # fmt: skip
 
 REQUEST_WINDOW = 660.0
@@ -216,21 +216,3 @@ class GatewayStore(Protocol):
     def close(self) -> None:
         """Let go of the store."""
         ...
-
-
-def open_gateway_store(where: str) -> GatewayStore:
-    """The store at a path (SQLite, made if missing) or a URL redis://, rediss:// or unix:// with ?population=NAME.
-
-    Raises:
-        Refused: a URL that is not understood, or a store that would not keep what it is given.
-        TryAgain: the store is busy or out of reach.
-    """
-    if "://" in where:
-        from fedcore.state.gateway_redis import RedisGatewayStore
-
-        return RedisGatewayStore(where)
-    from pathlib import Path
-
-    from fedcore.state.gateway_sqlite import SqliteGatewayStore
-
-    return SqliteGatewayStore(Path(where))

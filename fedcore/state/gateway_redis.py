@@ -31,7 +31,7 @@ from fedcore.state.gateway import (
     Standing,
     Verdict,
 )
-from fedcore.state.redis import _parse  # the URL of a ledger and of a gateway's store are one format
+from fedcore.state.redis_url import parse_redis_url
 from fedcore.state.releases_redis import RedisReleases
 
 __all__ = ["RedisGatewayStore"]
@@ -144,7 +144,7 @@ class RedisGatewayStore:
     """See `GatewayStore`; at ``redis://[user:password@]host:port/db?population=NAME`` (or rediss, or unix with a path)."""
 
     def __init__(self, url: str) -> None:
-        population, self._shown, bare = _parse(url)
+        population, self._shown, bare = parse_redis_url(url)
         self._prefix = f"fedcore:gateway:{{{population}}}:"
         with self._clear_errors():
             try:

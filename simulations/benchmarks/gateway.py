@@ -44,7 +44,8 @@ from fedcore.gateway.sums import RunningSum, UploadTerms
 from fedcore.quantization.wire import Update, encode_update
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.trust import issue_certificate
-from fedcore.state.gateway import Device, open_gateway_store
+from fedcore.state.gateway import Device
+from fedcore.state.stores import open_gateway_store
 
 _ROOT = Path(__file__).parents[2]
 _TEN_YEARS = 10 * 365 * 86400

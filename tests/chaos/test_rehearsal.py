@@ -26,7 +26,7 @@ from fedcore.chaos.rehearsal import KINDS, MESSAGES, Plan, least, rehearse
 from fedcore.cli import app
 from fedcore.errors import Refused
 from fedcore.quantization.wire import decode_update
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.stores import open_gateway_store
 
 SEED, YEAR = 35, 365 * 86_400.0
 SCENARIO = """

@@ -17,7 +17,8 @@ from fedcore.errors import Refused, RoundFailed, TryAgain
 from fedcore.gateway.conduct import Conductor
 from fedcore.gateway.fleet import Selection
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import RoundState, open_gateway_store
+from fedcore.state.gateway import RoundState
+from fedcore.state.stores import open_gateway_store
 
 KEY = Ed25519Key(bytes(32))
 PASSWORD = "hunter2-hunter2"

@@ -27,8 +27,8 @@ from fedcore.state.gateway import (
     Round,
     RoundState,
     Standing,
-    open_gateway_store,
 )
+from fedcore.state.stores import open_gateway_store
 
 NOW = 1_800_000_000.25
 
@@ -467,7 +467,7 @@ def test_a_file_that_is_no_store_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("this is no database " * 100)
     with pytest.raises(Refused, match=r"notes\.txt: is damaged or no gateway's store"):
         open_gateway_store(str(tmp_path / "notes.txt"))
-    from fedcore.state.ledger import SqliteLedger
+    from fedcore.state.ledger_sqlite import SqliteLedger
 
     SqliteLedger(tmp_path / "ledger.sqlite").close()
     with pytest.raises(Refused, match=r"ledger\.sqlite: is not a gateway's store"):

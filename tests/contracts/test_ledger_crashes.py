@@ -17,7 +17,8 @@ from redis_server import redis_server
 
 from fedcore.errors import TryAgain
 from fedcore.privacy.ledger import Ledger
-from fedcore.state.ledger import SqliteLedger, open_ledger
+from fedcore.state.ledger_sqlite import SqliteLedger
+from fedcore.state.stores import open_ledger
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -129,7 +130,7 @@ import os, sys
 from pathlib import Path
 from fedcore.privacy.events import GaussianRelease
 from fedcore.privacy.ledger import Charge, Ledger
-from fedcore.state.ledger import SqliteLedger
+from fedcore.state.ledger_sqlite import SqliteLedger
 held = Ledger(SqliteLedger(Path(sys.argv[1])), "phones")
 held.charge(Charge("a", 2, 1, "client", GaussianRelease(1.0), (1, 2, 3), "2026-11-22T10:00:00+00:00", 1e-6))
 print("learnt")

@@ -22,8 +22,9 @@ from fedcore.errors import BudgetSpent, FedcoreError, Refused, TryAgain
 from fedcore.privacy.accountant import epsilon
 from fedcore.privacy.events import GaussianRelease
 from fedcore.privacy.ledger import Ledger, PositionTaken
-from fedcore.state.ledger import SqliteLedger, open_ledger
-from fedcore.state.redis import RedisLedger
+from fedcore.state.ledger_redis import RedisLedger
+from fedcore.state.ledger_sqlite import SqliteLedger
+from fedcore.state.stores import open_ledger
 
 
 def test_entries_come_back_in_order(ledger):
@@ -184,7 +185,7 @@ from pathlib import Path
 from fedcore.errors import TryAgain
 from fedcore.privacy.events import GaussianRelease
 from fedcore.privacy.ledger import Charge, Ledger
-from fedcore.state.ledger import SqliteLedger
+from fedcore.state.ledger_sqlite import SqliteLedger
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 held = Ledger(SqliteLedger(Path(sys.argv[1])), "phones")
 resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))

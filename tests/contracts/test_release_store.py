@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-from fedcore.state.gateway import Device, Standing, open_gateway_store
+from fedcore.state.gateway import Device, Standing
 from fedcore.state.releases import Holding, Membership, RolloutEntry, Visit, Worst
+from fedcore.state.stores import open_gateway_store
 
 NOW = 1_800_000_000.123456
 ONE = RolloutEntry("digits-2", "digits", 1, 1, '{"phase":"running","ü":1}')
@@ -204,7 +205,7 @@ def test_gateways_at_once_never_overfill_an_arm_nor_repeat_a_sequence(where, sto
 
 _WRITER = """
 import sys
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.stores import open_gateway_store
 from fedcore.state.releases import Holding, Membership, Visit, Worst
 store = open_gateway_store(sys.argv[1]).releases
 number = 0

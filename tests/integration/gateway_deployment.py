@@ -31,7 +31,7 @@ from fedcore.grids.device import DeviceGrid, Offering
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import Update, decode_model, encode_update
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.stores import open_gateway_store
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 

@@ -19,7 +19,8 @@ from fedcore.coordinator.assembly import assemble
 from fedcore.coordinator.fleet import FleetFolder, ServedGateway
 from fedcore.coordinator.serve import Choice, DeviceRun, check_scenario
 from fedcore.errors import Refused
-from fedcore.state.gateway import RoundState, open_gateway_store
+from fedcore.state.gateway import RoundState
+from fedcore.state.stores import open_gateway_store
 
 ASYNCHRONOUS = ["engine.name=loop", "asynchronous.buffer=2", "asynchronous.concurrency=4", "asynchronous.max_staleness=2"]
 

@@ -28,8 +28,8 @@ from fedcore.privacy.events import is_amplified
 from fedcore.privacy.ledger import Ledger
 from fedcore.quantization.wire import Update, encode_update
 from fedcore.secagg.sums import sum_from_table
-from fedcore.state.gateway import Contribution, Device, Note, RoundState, open_gateway_store
-from fedcore.state.ledger import open_ledger
+from fedcore.state.gateway import Contribution, Device, Note, RoundState
+from fedcore.state.stores import open_gateway_store, open_ledger
 
 COORDINATOR = Path(__file__).with_name("device_coordinator.py")
 SCENARIO = """

@@ -31,8 +31,8 @@ from fedcore.registry.repository import create, load, publish
 from fedcore.registry.rollout import Plan, command, new_rollout
 from fedcore.registry.rollout_record import encode_rollout
 from fedcore.secagg.keys import read_signing_key
-from fedcore.state.gateway import open_gateway_store
 from fedcore.state.releases import RolloutEntry
+from fedcore.state.stores import open_gateway_store
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "clients" / "linux"))
 

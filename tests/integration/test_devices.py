@@ -35,8 +35,9 @@ from fedcore.quantization.layers import set_activation_ranges
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.keys import read_message
 from fedcore.secagg.messages import TrustBundle
-from fedcore.state.gateway import Admission, Device, open_gateway_store
+from fedcore.state.gateway import Admission, Device
 from fedcore.state.sqlite import RunStore
+from fedcore.state.stores import open_gateway_store
 from fedcore.training.client import RoundTask
 from fedcore.training.evaluation import load_flat
 from fedcore.training.plan import LocalPlan

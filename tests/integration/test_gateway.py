@@ -34,7 +34,8 @@ from fedcore.grids.device import Offering
 from fedcore.models import ParameterLayout
 from fedcore.quantization.wire import Update, encode_update
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import Standing, open_gateway_store
+from fedcore.state.gateway import Standing
+from fedcore.state.stores import open_gateway_store
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 

@@ -33,8 +33,8 @@ from fedcore.registry.rollout import Plan, command, new_rollout
 from fedcore.registry.rollout_record import encode_rollout
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.keys import read_signing_key
-from fedcore.state.gateway import open_gateway_store
 from fedcore.state.releases import RolloutEntry
+from fedcore.state.stores import open_gateway_store
 
 MODEL = bytes(range(256)) * 4000  # longer than a piece
 

@@ -18,7 +18,8 @@ from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.client import GatewayClient, Requests, enrol
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import Standing, open_gateway_store
+from fedcore.state.gateway import Standing
+from fedcore.state.stores import open_gateway_store
 
 
 def resident(deployment, i=0):

@@ -13,7 +13,7 @@ from fedcore.cli import app
 from fedcore.privacy.accountant import epsilon
 from fedcore.privacy.events import DpSgd, GaussianRelease, SkellamRelease
 from fedcore.privacy.ledger import Charge, Ledger
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 
 PLAN = "--population 1000000 --cohort 1000 --rounds 1500 --delta 1e-7"
 

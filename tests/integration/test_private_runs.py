@@ -10,7 +10,7 @@ from run_directories import killed_and_resumed, last_checkpoint, untimed
 from fedcore.config import load_config
 from fedcore.coordinator.run import SimulatedRun
 from fedcore.privacy.ledger import Ledger
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 
 SCENARIO = """
 [run]

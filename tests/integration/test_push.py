@@ -44,7 +44,7 @@ from fedcore.registry.repository import create, publish
 from fedcore.registry.slots import read_pointer
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.keys import read_signing_key
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.stores import open_gateway_store
 
 DEVICES, WINDOW, OPS = 20, 600.0, Order("ops", "in the test")
 SHAPE = Shape((0.4,), 0.6, WINDOW, corrupt=0.0, budgets={"p95_ms": 50.0})

@@ -29,8 +29,8 @@ from fedcore.registry.files import open_files
 from fedcore.registry.journal import check_chain
 from fedcore.registry.repository import load
 from fedcore.registry.rollout import arm_of
-from fedcore.state.gateway import open_gateway_store
 from fedcore.state.releases import Holding, Membership, Visit, Worst
+from fedcore.state.stores import open_gateway_store
 
 SCENARIO = """
 [run]

@@ -16,7 +16,7 @@ from fedcore.data.fleet import draw_fleet
 from fedcore.errors import Refused, RoundFailed
 from fedcore.privacy.ledger import Ledger
 from fedcore.quantization.wire import decode_model, encode_model
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 

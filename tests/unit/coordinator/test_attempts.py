@@ -12,7 +12,7 @@ from fedcore.coordinator.run import FederatedRun, SimulatedRun
 from fedcore.errors import RoundFailed
 from fedcore.grids.cohort import CohortGrid
 from fedcore.privacy.ledger import Ledger
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 
 SCENARIO = {
     "run": {"rounds": 2},

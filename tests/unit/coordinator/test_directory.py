@@ -9,7 +9,7 @@ from fedcore.coordinator.directory import claim
 from fedcore.coordinator.run import FederatedRun, SimulatedRun
 from fedcore.errors import BudgetSpent, FedcoreError, Refused, RoundFailed, TryAgain
 from fedcore.privacy.ledger import Ledger
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 
 FEW = ("run.rounds=1", "quantization.enabled=false", "evaluation.every=0")
 EXAMPLE = {"unit": "example", "noise_multiplier": 1.0, "delta": 1e-4}

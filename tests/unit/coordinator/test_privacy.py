@@ -17,7 +17,7 @@ from fedcore.errors import BudgetSpent, Refused
 from fedcore.flower import Roster, assume_identity, to_record
 from fedcore.privacy.accountant import epsilon
 from fedcore.privacy.ledger import Ledger
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 

@@ -23,8 +23,9 @@ from fedcore.registry.keys import load_signers, make_keys
 from fedcore.registry.repository import create, publish
 from fedcore.registry.rollout import Test, arm_of, decide, new_rollout, place_of, room
 from fedcore.registry.rollout_record import decision_record
-from fedcore.state.gateway import Device, open_gateway_store
+from fedcore.state.gateway import Device
 from fedcore.state.releases import Holding, Membership, Visit, Worst
+from fedcore.state.stores import open_gateway_store
 
 NOW, OPS = 1_800_000_000.0, Order("ops", "because")
 FINE = {"disagreement": 0.02, "errors": 0.0, "crash": 0.0, "p95_ms": 10.0, "peak_bytes": 5e6}

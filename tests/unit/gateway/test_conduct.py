@@ -6,7 +6,7 @@ from fedcore.errors import RoundFailed
 from fedcore.gateway.conduct import Conductor, Present
 from fedcore.gateway.fleet import Selection, Told
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import open_gateway_store
+from fedcore.state.stores import open_gateway_store
 
 WINDOW = 300.0
 

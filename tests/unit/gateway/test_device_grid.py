@@ -31,8 +31,9 @@ from fedcore.registry.delta import apply_delta
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.participant import Visit
 from fedcore.secagg.sums import ScoreSum, plan_update_sum
-from fedcore.state.gateway import Contribution, Device, Note, Round, RoundState, open_gateway_store
+from fedcore.state.gateway import Contribution, Device, Note, Round, RoundState
 from fedcore.state.sqlite import RunStore
+from fedcore.state.stores import open_gateway_store
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import DpSgdPlan, LocalPlan
 

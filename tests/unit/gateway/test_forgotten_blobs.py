@@ -20,7 +20,8 @@ from fedcore.gateway.messages import FleetTrust
 from fedcore.gateway.rounds import Place, RoundDocument, named_blobs
 from fedcore.gateway.service import Gateway
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import Contribution, Device, Round, RoundState, open_gateway_store
+from fedcore.state.gateway import Contribution, Device, Round, RoundState
+from fedcore.state.stores import open_gateway_store
 
 
 def aged(folder, digest, seconds):

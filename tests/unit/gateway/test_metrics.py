@@ -26,7 +26,8 @@ from fedcore.gateway.metrics import CONTENT_TYPE, Family, Meter, MetricsServer, 
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.secagg.crypto import Ed25519Key
 from fedcore.secagg.trust import issue_certificate
-from fedcore.state.gateway import Device, Standing, open_gateway_store
+from fedcore.state.gateway import Device, Standing
+from fedcore.state.stores import open_gateway_store
 
 NOW = 1_800_000_000.0
 NAME, LABEL = r"[a-zA-Z_:][a-zA-Z0-9_:]*", r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'

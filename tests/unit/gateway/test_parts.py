@@ -19,7 +19,8 @@ from fedcore.gateway.limits import Buckets, Limits, ReadingRoom
 from fedcore.gateway.refusals import GatewayRefusal
 from fedcore.gateway.sums import RunningSum, Summand, UploadTerms, read_upload
 from fedcore.quantization.wire import Update, encode_update
-from fedcore.state.gateway import Admission, Contribution, Device, Note, Problem, Round, RoundState, open_gateway_store
+from fedcore.state.gateway import Admission, Contribution, Device, Note, Problem, Round, RoundState
+from fedcore.state.stores import open_gateway_store
 
 RNG = np.random.default_rng(0)
 TERMS = UploadTerms("float32", 8, 1000, 100.0, 1000)

@@ -21,8 +21,9 @@ from fedcore.registry.files import LocalFiles, RemoteFiles
 from fedcore.registry.rollout import Plan, assign, command, new_rollout
 from fedcore.registry.rollout_record import encode_rollout
 from fedcore.secagg.crypto import Ed25519Key
-from fedcore.state.gateway import Device, open_gateway_store
+from fedcore.state.gateway import Device
 from fedcore.state.releases import Membership, RolloutEntry
+from fedcore.state.stores import open_gateway_store
 
 KEY, NOW = Ed25519Key(b"t" * 32), 1_800_000_000.0
 PLAN = Plan("digits-2", "digits", 2, 1, 40, stages=(0.25, 0.5), control=0.25, window=100.0, hardware=("Pi 5",))

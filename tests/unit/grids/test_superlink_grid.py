@@ -19,7 +19,7 @@ from fedcore.grids.superlink import SuperLinkGrid, identity_content
 from fedcore.models import ParameterLayout
 from fedcore.privacy.ledger import Ledger
 from fedcore.privacy.release import plan_release
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 from fedcore.training.client import RoundTask
 from fedcore.training.plan import LocalPlan
 

@@ -14,7 +14,7 @@ from fedcore.privacy.accountant import epsilon
 from fedcore.privacy.events import DpSgd, GaussianRelease, SkellamRelease, is_amplified, without_amplification
 from fedcore.privacy.exposure import Exposure
 from fedcore.privacy.ledger import Charge, Ledger, participations
-from fedcore.state.ledger import SqliteLedger
+from fedcore.state.ledger_sqlite import SqliteLedger
 
 NOW = "2026-11-22T10:00:00+00:00"
 SKELLAM = SkellamRelease(1.0, 1e6, 1e12, 1e12, 1e-25)
@@ -282,7 +282,7 @@ def test_the_ledger_needs_neither_torch_nor_flwr(tmp_path):
 import sys
 from fedcore.privacy.ledger import Charge, Ledger
 from fedcore.privacy.events import GaussianRelease
-from fedcore.state.ledger import open_ledger
+from fedcore.state.stores import open_ledger
 held = Ledger(open_ledger({str(tmp_path)!r}), "phones")
 assert not {{"torch", "flwr", "dp_accounting", "redis"}} & set(sys.modules)
 held.charge(Charge("a", 1, 1, "client", GaussianRelease(1.0, 0.1), (1,), {NOW!r}, 1e-6), 5.0)

@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
-from urllib.parse import parse_qs, urlencode, urlsplit
 
 import redis
 from redis.backoff import NoBackoff
@@ -20,6 +18,7 @@ from redis.retry import Retry
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.privacy.ledger import PositionTaken
+from fedcore.state.redis_url import parse_redis_url
 
 __all__ = ["RedisLedger"]
 
@@ -37,7 +36,6 @@ _NEEDED = {
     "no-appendfsync-on-rewrite": ("no",),
     "maxmemory-policy": ("noeviction", "volatile-lru", "volatile-lfu", "volatile-random", "volatile-ttl"),
 }
-_OPTIONS = ("population", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "db")
 _CONFIRM_MS = 10_000
 
 
@@ -48,7 +46,7 @@ class RedisLedger:
     """
 
     def __init__(self, url: str, *, write: bool = True) -> None:
-        population, self._shown, bare = _parse(url)
+        population, self._shown, bare = parse_redis_url(url)
         self._entries, self._keys, self._confirmed = (
             f"fedcore:ledger:{{{population}}}:{part}" for part in ("entries", "keys", "confirmed")
         )
@@ -148,24 +146,3 @@ def _connect(url: str) -> redis.Redis:
         url, single_connection_client=True, retry=Retry(NoBackoff(), 0), decode_responses=True, socket_timeout=30,
         socket_connect_timeout=5,
     )  # fmt: skip
-
-
-def _parse(url: str) -> tuple[str, str, str]:
-    """Population, what may be shown of the URL, and the URL for the client."""
-    try:
-        parts = urlsplit(url)
-        host, port = parts.hostname or "", parts.port
-    except ValueError:
-        raise Refused("the URL of a Redis ledger cannot be read; it looks like redis://HOST:PORT/DB?population=NAME") from None
-    if parts.scheme not in {"redis", "rediss", "unix"}:
-        raise Refused(f"a privacy ledger is a path or a URL redis://, rediss:// or unix://, not {parts.scheme}://")
-    shown = f"{parts.scheme}://{host}{f':{port}' if port else ''}{parts.path}"
-    options = parse_qs(parts.query, keep_blank_values=True)
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        raise Refused(f"{shown}: unknown option {', '.join(unknown)}; allowed: {', '.join(_OPTIONS)}")
-    populations = options.pop("population", [])
-    if len(populations) != 1 or not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", populations[0]):
-        raise Refused(f"{shown}: needs ?population=NAME, letters, digits, dot, dash and underscore")
-    query = urlencode({name: values[-1] for name, values in options.items()})
-    return populations[0], shown, f"{parts.scheme}://{parts.netloc}{parts.path}{f'?{query}' if query else ''}"

@@ -1,4 +1,4 @@
-"""Where a privacy ledger is kept: a SQLite file of its own, or Redis; `open_ledger` chooses."""
+"""A privacy ledger in a SQLite file of its own."""
 
 from __future__ import annotations
 
@@ -13,13 +13,11 @@ from urllib.parse import quote
 
 from fedcore import durable
 from fedcore.errors import Refused, TryAgain
-from fedcore.privacy.ledger import LedgerStore, PositionTaken
+from fedcore.privacy.ledger import PositionTaken
 from fedcore.state.sqlite import transaction
 
-__all__ = ["LEDGER_FILE", "SqliteLedger", "open_ledger"]
+__all__ = ["SqliteLedger"]
 
-LEDGER_FILE = "ledger.sqlite"
-LEDGER_PASSWORD = "FEDCORE_LEDGER_PASSWORD"  # noqa: S105 - the name of the environment's variable
 _APPLICATION = 0x46434C31  # "FCL1"
 _EXTRA = 3
 _SCHEMA = (
@@ -28,23 +26,6 @@ _SCHEMA = (
     "INSERT INTO confirmed VALUES (1, 0)",
     f"PRAGMA application_id = {_APPLICATION}",
 )
-
-
-def open_ledger(where: str | Path, *, write: bool = True) -> LedgerStore:
-    """The store at ``where``: a directory that exists (its ledger.sqlite), a file, or a URL redis://, rediss:// or unix://.
-
-    Raises:
-        Refused: a URL that is not understood, nothing there to read, or a store that would not keep what it is given.
-        TryAgain: the store is busy or out of reach.
-    """
-    if "://" in str(where):
-        from fedcore.state.redis import RedisLedger
-
-        url, password = str(where), os.environ.get(LEDGER_PASSWORD, "")
-        named = password and "@" not in url
-        return RedisLedger(url.replace("://", f"://:{quote(password, safe='')}@", 1) if named else url, write=write)
-    path = Path(where)
-    return SqliteLedger(path / LEDGER_FILE if path.is_dir() else path, write=write)
 
 
 class SqliteLedger:

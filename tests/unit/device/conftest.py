@@ -30,8 +30,8 @@ def _one_thread():
 @pytest.fixture(scope="session")
 def built(request, tmp_path_factory):
     """The description of the MLP's library."""
-    from device_worlds import SHAPES, network
     from native_installed import install, keep_compiler_cache
+    from small_zoo import SHAPES, network
 
     keep_compiler_cache(request.config.cache.mkdir("compiled"))
     return install(network("mlp"), SHAPES["mlp"], tmp_path_factory.mktemp("built"), batches=[4])

@@ -5,11 +5,12 @@ import itertools
 import time
 
 import numpy as np
-from device_worlds import examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.environment import Conditions
 from fedcore_device.policy import PlanPolicy, Policy
 from fedcore_device.rounds import RoundWork
 from fedcore_device.state import State
+from small_zoo import network
 
 from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb

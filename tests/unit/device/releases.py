@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from device_worlds import CLASSES, SHAPES
 from fedcore_device.environment import Conditions
 from fedcore_device.installed import model_directory
+from small_zoo import CLASSES, SHAPES
 
 from fedcore.export import onnx as onnx_export
 from fedcore.export.artefact import Facts

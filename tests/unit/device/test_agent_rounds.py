@@ -11,7 +11,7 @@ import fedcore_device.rounds
 import numpy as np
 import onnx
 import pytest
-from device_worlds import examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.environment import Conditions
 from fedcore_device.noise import Randomness
 from fedcore_device.plan import TrainingPlan
@@ -36,6 +36,7 @@ from fleet_fake import (
     step_blobs,
 )
 from onnx import TensorProto, helper, numpy_helper
+from small_zoo import network
 
 from fedcore.errors import TryAgain
 from fedcore.gateway import gateway_pb2 as pb

@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from device_worlds import CLASSES, SHAPES, examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.child import read_job, write_job
 from fedcore_device.evaluation import Scored, score_examples
 from fedcore_device.examples import load_examples, load_held_out
@@ -20,6 +20,7 @@ from fedcore_device.step import read_evaluation, read_step
 from fedcore_device.training import train_in_child
 from fleet_fake import LOOSE, OTHER, PUBLISHER, Gateway, World, assignment, doing, enrolled, fresh_state, plan, settings
 from onnx import helper
+from small_zoo import CLASSES, SHAPES, network
 
 from fedcore.config import LOSSES
 from fedcore.errors import ClientFailure, Refused

@@ -7,7 +7,7 @@ import logging
 import fedcore_device.training
 import numpy as np
 import pytest
-from device_worlds import examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.native import choose
 from fedcore_device.noise import Randomness
 from fedcore_device.plan import TrainingPlan
@@ -15,6 +15,7 @@ from fedcore_device.step import read_step
 from fedcore_device.trainer import Task, train
 from fleet_fake import LOOSE, Gateway, World, assignment, doing, fresh_state, plan
 from native_installed import TARGET, does, edited, needs_compiler, replaced
+from small_zoo import network
 
 from fedcore.errors import Refused, TryAgain
 from fedcore.gateway import gateway_pb2 as pb

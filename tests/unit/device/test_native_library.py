@@ -14,7 +14,7 @@ import fedcore_device.native
 import numpy as np
 import pytest
 import torch
-from device_worlds import SHAPES, examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device import compiled
 from fedcore_device.native import Choice, Unfit, choose, opened, why_not
 from fedcore_device.noise import Randomness
@@ -22,6 +22,7 @@ from fedcore_device.plan import ExamplePrivacy, TrainingPlan
 from fedcore_device.step import Accumulate, read_step
 from fedcore_device.trainer import Paused, Resume, Task, train
 from native_installed import TARGET, edited, install, keep_compiler_cache, needs_compiler
+from small_zoo import SHAPES, network
 from torch import nn
 from typer.testing import CliRunner
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import fedcore_device.rounds
 import numpy as np
 import pytest
-from device_worlds import examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.child import write_job
 from fedcore_device.cli import _parser, main
 from fedcore_device.noise import Randomness
@@ -19,6 +19,7 @@ from fedcore_device.trainer import Task, train
 from fedcore_device.training import Crashed, train_in_child
 from fleet_fake import LOOSE, TASK, Gateway, World, assignment, doing, fixed_draw, fresh_state, plan, private, settings
 from native_installed import CRASHES, edited, needs_compiler, replaced
+from small_zoo import network
 
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.models import layout_of

@@ -4,8 +4,9 @@ import hashlib
 
 import numpy as np
 import pytest
-from device_worlds import network, start_of
+from device_worlds import start_of
 from fleet_fake import LOOSE, Gateway, World, assignment, doing, fresh_state, plan
+from small_zoo import network
 
 from fedcore.gateway import gateway_pb2 as pb
 from fedcore.gateway.blobs import Blobs

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from device_worlds import CLASSES, examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.step import Accumulate, read_step
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
+from small_zoo import CLASSES, network
 
 from fedcore.errors import ClientFailure, Refused
 from fedcore.models import ZOO

@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from device_worlds import CLASSES, examples, exported, network, start_of
+from device_worlds import examples, exported, start_of
 from fedcore_device.checkpoint import load_progress, restored_generator, state_of
 from fedcore_device.noise import GaussianNoise, Randomness
 from fedcore_device.plan import ExamplePrivacy, TrainingPlan, batches, number_of_steps
 from fedcore_device.step import read_step
 from fedcore_device.trainer import Paused, Resume, Task, train
+from small_zoo import CLASSES, network
 
 from fedcore.config import DataConfig
 from fedcore.data.datasets import load_dataset

@@ -4,22 +4,10 @@ import functools
 
 import numpy as np
 import torch
+from small_zoo import CLASSES, SHAPES, network
 from torch import nn
 
-from fedcore.models import ZOO
 from fedcore.portable.step import PortableStep, portable_step
-from fedcore.quantization.layers import calibrate, make_quantization_aware
-
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-CLASSES = 4
-
-
-def network(name: str, quantized: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], CLASSES)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model
 
 
 @functools.cache

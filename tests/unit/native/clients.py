@@ -1,29 +1,20 @@
-"""Models, clients and comparisons that the tests of the native trainer share."""
+"""Programs that train apart from this process, for the tests of the native trainer."""
 
 import dataclasses
 import subprocess
 
 import numpy as np
 import torch
-from torch import nn
+from small_zoo import PLANS, federation, start_of
 
-from fedcore.models import ZOO
 from fedcore.native.blocks import LANES, plan
 from fedcore.native.build import FLAGS, BuildFailed, compile_library, compiler_version, host_target
 from fedcore.native.emit import source
 from fedcore.native.layers import lower
 from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.trainer import _range
-from fedcore.quantization.layers import calibrate, make_quantization_aware, quantizers
-from fedcore.training.plan import ClientData, LocalPlan, batch_order, client_rng
-
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-SIZES = (13, 1, 7, 20, 10)  # unequal, one example, ragged and full last batches
-PLANS = {
-    "sgd": LocalPlan(epochs=2, batch_size=5, lr=0.05),
-    "everything": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1),
-}
-SQUARED = dataclasses.replace(PLANS["everything"], loss="squared")
+from fedcore.quantization.layers import quantizers
+from fedcore.training.plan import batch_order
 
 
 def why_no_compiler() -> str:
@@ -33,37 +24,6 @@ def why_no_compiler() -> str:
     except BuildFailed as error:
         return str(error)
     return ""
-
-
-def network(name: str, quantized: bool, dtype: torch.dtype, *, calibrated: bool = True) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], 4)
-    if quantized:
-        make_quantization_aware(model)
-    if quantized and calibrated:
-        calibrate(model, [torch.randn(50, *SHAPES[name])])
-    return model.to(dtype)
-
-
-def federation(shape: tuple[int, ...], dtype: torch.dtype, sizes=SIZES, seed: int = 5) -> list[ClientData]:
-    rng = np.random.default_rng(seed)
-    clients = []
-    for client, size in enumerate(sizes):
-        x = torch.tensor(rng.standard_normal((size, *shape)), dtype=dtype)
-        clients.append(ClientData(client, x, torch.tensor(rng.integers(0, 4, size)), client_rng(1, 1, client, 1)))
-    return clients
-
-
-def start_of(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
-
-
-def updates(trainer, clients, plan) -> tuple[torch.Tensor, np.ndarray]:
-    """The updates [clients, d] and losses of clients that start from the trainer's own model."""
-    results = list(trainer.train(start_of(trainer.model).clone(), clients, plan))
-    assert [r.client for r in results] == [c.client for c in clients]
-    assert [r.examples for r in results] == [len(c.y) for c in clients]
-    return torch.stack([r.update for r in results]), np.array([r.loss for r in results])
 
 
 # Reads a job as `run_elsewhere` writes it, trains, writes the update and the loss. Every buffer is allocated by itself and has

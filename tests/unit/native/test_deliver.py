@@ -10,7 +10,8 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, SQUARED, federation, network, start_of, updates, why_no_compiler
+from native_clients import why_no_compiler
+from small_zoo import PLANS, SHAPES, SQUARED, federation, network, start_of, updates
 from typer.testing import CliRunner
 
 from fedcore.cli import app

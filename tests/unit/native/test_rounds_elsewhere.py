@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, network, start_of, why_no_compiler
+from native_clients import why_no_compiler
+from small_zoo import PLANS, SHAPES, network, start_of
 
 from fedcore.data import Examples
 from fedcore.models import ZOO

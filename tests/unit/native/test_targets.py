@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, SQUARED, federation, network, run_elsewhere, updates, why_no_compiler
+from native_clients import run_elsewhere, why_no_compiler
+from small_zoo import PLANS, SHAPES, SQUARED, federation, network, updates
 
 from fedcore.models import ZOO
 from fedcore.native import build as builds

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from native_clients import PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates, why_no_compiler
+from native_clients import why_no_compiler
+from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates
 from torch import nn
 
 from fedcore.errors import Refused
@@ -46,11 +47,6 @@ def zoo(*usual, plans=None, squared=SQUARED):
 @pytest.mark.parametrize(("name", "plan"), zoo("mlp", "cnn"))
 def test_the_zoo_in_double_precision(name, plan):
     check(lambda: network(name, False, torch.float64), SHAPES[name], torch.float64, plan, 1e-9)
-
-
-# Rounded inputs and weights lie on grids, so that two positions of a pooling window can tie but for the last bit, and which one
-# wins depends on the order of additions. These few clients have no such window; `test_no_window_ties` holds them to it.
-FEW = (6, 1, 5)
 
 
 @pytest.mark.parametrize(("name", "plan"), zoo("imu_cnn"))
@@ -378,24 +374,3 @@ def test_private_clients_without_a_generator_of_noise_are_refused():
     model = network("mlp", False, torch.float32)
     with pytest.raises(Refused, match="no generator for its noise"):
         list(NativeTrainer(model).train(start_of(model), federation(SHAPES["mlp"], torch.float32), PRIVATE["some"]))
-
-
-@pytest.mark.parametrize("name", ["cnn", "lenet", "imu_cnn"])
-def test_no_window_ties(name):
-    """In training, no pooling window of the reference has two first places."""
-    model, smallest = network(name, True, torch.float64), [1.0]
-
-    def watch(_module, inputs):
-        windows = inputs[0].detach().unfold(-1, 2, 2)
-        if windows.dim() == 5:
-            windows = windows.unfold(2, 2, 2).flatten(-2)
-        best = windows.topk(2, -1).values
-        contested = best[..., 0] > 0
-        smallest[0] = min(smallest[0], float((best[..., 0] - best[..., 1])[contested].min()))
-
-    for layer in model:
-        if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
-            layer.register_forward_pre_hook(watch)
-    for plan in PLANS.values():
-        updates(LoopTrainer(model), federation(SHAPES[name], torch.float64, sizes=FEW), plan)
-    assert smallest[0] > 1e-9

@@ -6,19 +6,19 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_zoo import SHAPES, network, start_of
 from torch import nn
 from torch.nn import functional as F
 
 from fedcore.errors import Refused
 from fedcore.models import ZOO
-from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware, set_activation_ranges
+from fedcore.quantization.layers import activation_ranges, set_activation_ranges
 from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise, add_clipped, clipping_factors
 from fedcore.training.local import LoopTrainer
 from fedcore.training.per_example import GradientChoice
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, client_rng, poisson_batches, poisson_schedule
 from fedcore.training.vmap import VmapTrainer
 
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
 SIZES = (11, 1, 7, 0, 4)
 PATHS = ("chain", "ghost-channels-last", "ghost", "opacus")
 PRIVATE = LocalPlan(2, 5, 0.05, 0.9, 0.01, 0.1, dp=DpSgdPlan(clipping_norm=0.7, noise_multiplier=0.8))
@@ -34,14 +34,6 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def network(name: str, quantized: bool, dtype: torch.dtype = torch.float64) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], 4)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model.to(dtype)
-
-
 def client(number: int, size: int, shape: tuple[int, ...], dtype: torch.dtype = torch.float64, seed: int = 1) -> ClientData:
     rng = np.random.default_rng([5, number])
     x = torch.tensor(rng.standard_normal((size, *shape)), dtype=dtype)
@@ -51,10 +43,6 @@ def client(number: int, size: int, shape: tuple[int, ...], dtype: torch.dtype = 
 
 def federation(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> list[ClientData]:
     return [client(number, size, shape, dtype) for number, size in enumerate(SIZES)]
-
-
-def start_of(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
 
 
 def by_definition(model: nn.Module, data: ClientData, plan: LocalPlan) -> tuple[torch.Tensor, float]:
@@ -90,7 +78,7 @@ def by_definition(model: nn.Module, data: ClientData, plan: LocalPlan) -> tuple[
     ],
 )
 def test_both_engines_do_what_the_definition_says(name, plan, quantized):
-    model = network(name, quantized)
+    model = network(name, quantized, torch.float64)
     start, shape = start_of(model), SHAPES[name]
     loop = list(LoopTrainer(copy.deepcopy(model)).train(start, federation(shape), plan))
     chunked = VmapTrainer(model, chunk=4, budget=3 * 4 * len(start))  # pieces of three examples
@@ -114,7 +102,7 @@ def test_engines_agree_in_single_precision_without_fake_quant(name):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_a_batch_may_be_processed_in_any_pieces(path):
-    model = network("cnn", True)
+    model = network("cnn", True, torch.float64)
     updates = []
     for microbatch in (64, 3):
         trainer = LoopTrainer(copy.deepcopy(model), microbatch=microbatch)
@@ -130,7 +118,7 @@ def test_a_batch_may_be_processed_in_any_pieces(path):
 @pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
 def test_with_hardly_any_noise_and_no_clipping_it_is_sgd_on_poisson_batches(trainer):
     plan = LocalPlan(3, 4, 0.05, momentum=0.5, dp=DpSgdPlan(clipping_norm=1e6, noise_multiplier=1e-18))
-    model = network("mlp", False)
+    model = network("mlp", False, torch.float64)
     plain, data = copy.deepcopy(model), client(0, 11, SHAPES["mlp"])
     (result,) = trainer(model).train(start := start_of(plain), [client(0, 11, SHAPES["mlp"])], plan)
     optimizer = torch.optim.SGD(plain.parameters(), plan.lr, plan.momentum)
@@ -144,7 +132,7 @@ def test_with_hardly_any_noise_and_no_clipping_it_is_sgd_on_poisson_batches(trai
 
 def noisy_gradient(trainer, data: ClientData, plan: LocalPlan) -> torch.Tensor:
     """The gradient of the single step of a plan without momentum: update = -lr * gradient."""
-    model = network("mlp", False)
+    model = network("mlp", False, torch.float64)
     (result,) = trainer(model).train(start_of(model), [data], plan)
     return -result.update / plan.lr
 
@@ -187,7 +175,7 @@ def test_the_noise_of_a_step_has_the_variance_that_is_charged_for(trainer):
 def test_an_empty_batch_makes_a_noisy_step_and_no_examples_make_none(trainer):
     plan = LocalPlan(1, 1, 0.5, dp=DpSgdPlan(clipping_norm=1.0, noise_multiplier=1.0))
     seed = next(s for s in range(1000) if not any(map(len, poisson_batches(2, plan, client_rng(s, 1, 0, 1)))))
-    model = network("mlp", False)
+    model = network("mlp", False, torch.float64)
     (result,) = trainer(model).train(start := start_of(model), [client(0, 2, SHAPES["mlp"], seed=seed)], plan)
     noise, expected, drawn = GaussianNoise(client_rng(seed, 1, 0, 3)), torch.zeros_like(start), torch.empty_like(start)
     for _ in range(2):
@@ -301,7 +289,7 @@ def test_noise_is_normal_and_independent(dtype):
 
 def test_results_depend_on_the_generators_only():
     def updates(noise_seed: int, batch_seed: int) -> torch.Tensor:
-        model = network("mlp", False)
+        model = network("mlp", False, torch.float64)
         data = client(0, 12, SHAPES["mlp"])
         seeded = ClientData(0, data.x, data.y, np.random.default_rng(batch_seed), np.random.default_rng(noise_seed))
         (result,) = LoopTrainer(model).train(start_of(model), [seeded], PRIVATE)
@@ -318,7 +306,7 @@ def test_results_depend_on_the_generators_only():
 def test_activation_ranges_frozen_between_rounds_reach_the_gradients():
     """Opacus copies a quantized layer when it is attached; a copy from before calibration would give other gradients."""
     plan = LocalPlan(1, 8, 0.5, dp=DpSgdPlan(0.5, 1e-3))
-    calibrated, ranges = network("cnn", True), None
+    calibrated, ranges = network("cnn", True, torch.float64), None
     ranges = activation_ranges(calibrated)
     expected, _ = by_definition(copy.deepcopy(calibrated), client(0, 8, SHAPES["cnn"]), plan)
     for path in PATHS:
@@ -334,7 +322,7 @@ def test_activation_ranges_frozen_between_rounds_reach_the_gradients():
 
 @pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
 def test_without_a_generator_for_noise_nothing_is_trained(trainer):
-    model, data = network("mlp", False), client(0, 5, SHAPES["mlp"])
+    model, data = network("mlp", False, torch.float64), client(0, 5, SHAPES["mlp"])
     with pytest.raises(Refused, match="client 0 has no generator for its noise"):
         list(trainer(model).train(start_of(model), [ClientData(0, data.x, data.y, data.rng)], PRIVATE))
 
@@ -353,7 +341,7 @@ def test_clipping_factors():
 
 
 def test_frozen_parameters_get_neither_gradient_nor_noise():
-    model = network("cnn", True)
+    model = network("cnn", True, torch.float64)
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
     model[3].bias.requires_grad_(False)
@@ -379,7 +367,7 @@ def test_dropout_is_a_function_of_the_clients_generator():
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_clipped_sum_never_exceeds_the_bound_per_example(path):
-    model = network("cnn", False)
+    model = network("cnn", False, torch.float64)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     data = client(0, 20, SHAPES["cnn"])

@@ -1,95 +1,83 @@
 """Every engine is the same function: each is compared with the plain loop, and the plain loop with torch.optim.SGD."""
 
 import copy
+import functools
 
 import numpy as np
 import pytest
 import torch
+from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates
 from torch import nn
 from torch.nn import functional as F
 
 from fedcore.config import EngineConfig
 from fedcore.errors import Refused
 from fedcore.models import ZOO
-from fedcore.quantization.layers import calibrate, make_quantization_aware
 from fedcore.training.engine import choose_engine
 from fedcore.training.local import LoopTrainer
-from fedcore.training.plan import ClientData, LocalPlan, batch_order, client_rng
+from fedcore.training.plan import ClientData, batch_order, client_rng
 from fedcore.training.vmap import VmapTrainer
 
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-SIZES = (13, 1, 7, 20, 10)  # unequal, one example, ragged and full last batches
-PLANS = {
-    "sgd": LocalPlan(epochs=2, batch_size=5, lr=0.05),
-    "everything": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1),
-    "squared": LocalPlan(epochs=2, batch_size=5, lr=0.05, momentum=0.9, weight_decay=0.01, proximal_mu=0.1, loss="squared"),
-}
+ALL = PLANS | {"squared": SQUARED}
 SAMPLED = [
     pytest.param(name, plan, id=f"{name}-{which}", marks=[pytest.mark.slow] * (which == "squared" and name not in {"mlp", "dscnn"}))
-    for name in ZOO for which, plan in PLANS.items()
+    for name in ZOO for which, plan in ALL.items()
 ]  # fmt: skip
-
-
-def network(name: str, quantized: bool, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], 4)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model.to(dtype)
-
-
-def federation(shape: tuple[int, ...], dtype: torch.dtype) -> list[ClientData]:
-    rng = np.random.default_rng(5)
-    clients = []
-    for client, size in enumerate(SIZES):
-        x = torch.tensor(rng.standard_normal((size, *shape)), dtype=dtype)
-        clients.append(ClientData(client, x, torch.tensor(rng.integers(0, 4, size)), client_rng(1, 1, client, 1)))
-    return clients
-
-
-def start_of(model: nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in model.parameters() if p.requires_grad])
-
-
-def updates(trainer, model_of, shape, dtype, plan) -> tuple[torch.Tensor, list[float]]:
-    model = model_of()
-    start = start_of(model)
-    results = list(trainer(model).train(start, federation(shape, dtype), plan))
-    assert [r.client for r in results] == list(range(len(SIZES)))
-    assert [r.examples for r in results] == list(SIZES)
-    return torch.stack([r.update for r in results]), [r.loss for r in results]
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])
 @pytest.mark.parametrize(("name", "plan"), SAMPLED)
 def test_vmap_equals_the_loop_in_double_precision(name, plan, quantized):
-    def model_of():
-        return network(name, quantized, torch.float64)
+    def trained(trainer):
+        clients = federation(SHAPES[name], torch.float64, sizes=FEW if quantized else SIZES)
+        return updates(trainer(network(name, quantized, torch.float64)), clients, plan)
 
-    loop, loop_losses = updates(LoopTrainer, model_of, SHAPES[name], torch.float64, plan)
+    loop, loop_losses = trained(LoopTrainer)
     for chunk in (64, 2):
-        many, losses = updates(lambda m, c=chunk: VmapTrainer(m, chunk=c), model_of, SHAPES[name], torch.float64, plan)
+        many, losses = trained(functools.partial(VmapTrainer, chunk=chunk))
         torch.testing.assert_close(many, loop, rtol=0, atol=1e-9)
         np.testing.assert_allclose(losses, loop_losses, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ZOO)
 def test_vmap_equals_the_loop_in_single_precision_without_fake_quant(name):
-    def model_of():
-        return network(name, False, torch.float32)
-
-    loop, _ = updates(LoopTrainer, model_of, SHAPES[name], torch.float32, PLANS["everything"])
-    many, _ = updates(VmapTrainer, model_of, SHAPES[name], torch.float32, PLANS["everything"])
+    loop, many = (
+        updates(trainer(network(name)), federation(SHAPES[name], torch.float32), PLANS["everything"])[0]
+        for trainer in (LoopTrainer, VmapTrainer)
+    )
     torch.testing.assert_close(many, loop, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
+@pytest.mark.parametrize("name", ["cnn", "lenet", "imu_cnn"])
+def test_no_window_ties(name):
+    """In training, no pooling window of the reference has two first places."""
+    model, smallest = network(name, True, torch.float64), [1.0]
+
+    def watch(_module, inputs):
+        windows = inputs[0].detach().unfold(-1, 2, 2)
+        if windows.dim() == 5:
+            windows = windows.unfold(2, 2, 2).flatten(-2)
+        best = windows.topk(2, -1).values
+        contested = best[..., 0] > 0
+        smallest[0] = min(smallest[0], float((best[..., 0] - best[..., 1])[contested].min()))
+
+    for layer in model:
+        if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
+            layer.register_forward_pre_hook(watch)
+    start = start_of(model).clone()
+    for plan in ALL.values():
+        torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
+        updates(LoopTrainer(model), federation(SHAPES[name], torch.float64, sizes=FEW), plan)
+    assert smallest[0] > 1e-9
+
+
+@pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
 def test_the_loop_is_torch_sgd(plan):
     model = network("cnn", True, torch.float64)
     plain = copy.deepcopy(model)
     start = start_of(model)
     loop = LoopTrainer(model)
-    for data in federation(SHAPES["cnn"], torch.float64):
+    for data in federation(SHAPES["cnn"], torch.float64, sizes=FEW):
         twin = ClientData(data.client, data.x, data.y, client_rng(1, 1, data.client, 1))
         (result,) = loop.train(start, [data], plan)
         torch.nn.utils.vector_to_parameters(start.clone(), plain.parameters())
@@ -112,7 +100,7 @@ def test_the_loop_is_torch_sgd(plan):
 
 @pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
 def test_frozen_parameters_neither_move_nor_travel(trainer):
-    model = network("cnn", True, torch.float32)
+    model = network("cnn", True)
     for parameter in model[0].parameters():
         parameter.requires_grad_(False)
     frozen = model[0].weight.clone()
@@ -125,7 +113,7 @@ def test_frozen_parameters_neither_move_nor_travel(trainer):
 
 @pytest.mark.parametrize("trainer", [LoopTrainer, VmapTrainer])
 def test_one_clients_nan_does_not_reach_the_others(trainer):
-    model = network("mlp", False, torch.float32)
+    model = network("mlp")
     clients = federation(SHAPES["mlp"], torch.float32)
     clean = [
         r.update

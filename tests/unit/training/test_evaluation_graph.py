@@ -6,6 +6,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from small_zoo import CLASSES, SHAPES, network
 from torch import nn
 
 from fedcore.config import LOSSES
@@ -15,19 +16,10 @@ from fedcore.portable import graph, links
 from fedcore.portable.form import OPERATORS, EvaluationForm, StepForm, range_values
 from fedcore.portable.graph import evaluation_graph
 from fedcore.portable.step import portable_evaluation
-from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware
+from fedcore.quantization.layers import activation_ranges
 from fedcore.training.evaluation import evaluate
 
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-CLASSES, BATCH = 4, 12
-
-
-def network(name: str, quantized: bool = False) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], CLASSES)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model
+BATCH = 12
 
 
 def flat(model: nn.Module, wanted: bool) -> np.ndarray:

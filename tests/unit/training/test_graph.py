@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from opacus import GradSampleModule
+from small_zoo import CLASSES, SHAPES, network
 from torch import nn
 from torch.nn import functional as F
 
@@ -30,17 +31,8 @@ from fedcore.quantization.layers import (
 )
 from fedcore.quantization.wire import ActivationRange
 
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-CLASSES, BATCH, RAMP = 4, 6, 1e-8
+BATCH, RAMP = 6, 1e-8
 MASK = np.array([1, 1, 0, 1, 1, 0])
-
-
-def network(name: str, quantized: bool, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], CLASSES)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model.to(dtype)
 
 
 def flat(model: nn.Module, wanted: bool = True) -> torch.Tensor:

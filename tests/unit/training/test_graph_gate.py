@@ -7,6 +7,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from small_zoo import SHAPES, network
 from torch import nn
 
 import fedcore.portable.step as step_module
@@ -15,16 +16,6 @@ from fedcore.models import ZOO
 from fedcore.portable import gate, graph, links, parts, weighted
 from fedcore.portable.step import portable_step
 from fedcore.quantization.layers import activation_ranges, calibrate, make_quantization_aware, quantizers
-
-SHAPES = {"mlp": (1, 8, 8), "cnn": (1, 8, 8), "lenet": (1, 16, 16), "dscnn": (1, 8, 8), "imu_cnn": (3, 20)}
-
-
-def network(name: str, quantized: bool) -> nn.Module:
-    torch.manual_seed(0)
-    model: nn.Module = ZOO[name](SHAPES[name], 4)
-    if quantized:
-        calibrate(make_quantization_aware(model), [torch.randn(50, *SHAPES[name])])
-    return model
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["float", "fake-quant"])

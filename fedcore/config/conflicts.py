@@ -54,8 +54,6 @@ def impossible(config: RunConfig) -> Iterator[str]:
             f"quantization.calibrate_round = {config.quantization.calibrate_round} is after the last round "
             f"(run.rounds = {config.run.rounds}): activations would never be quantized"
         )
-    if config.wire.model == "int7" and not config.quantization.enabled:
-        yield 'wire.model = "int7" needs quantization.enabled = true: without it models travel as fp32'
     if config.engine.workers == "ray":
         if config.engine.device == "cuda":
             yield 'engine.workers = "ray" trains on CPUs: set engine.device = "cpu"'

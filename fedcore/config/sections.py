@@ -161,10 +161,6 @@ class EvaluationConfig:
 class WireConfig:
     """[wire]"""
 
-    model: str = key(
-        "int8", "grid of the weights a client receives; int7: coarser, with scales that stay from round to round, so that a delta "
-        "takes half as long to download", choices=("int8", "int7"),
-    )  # fmt: skip
     update: str = key("float32", "encoding of the update a client sends; int8 rounds stochastically", choices=("float32", "int8"))
 
 

@@ -62,8 +62,8 @@ class Assembly:
 
     @property
     def layout(self) -> ParameterLayout:
-        """The parameters that train and travel."""
-        return layout_of(self.model, trainable=True, weights=self.config.wire.model)
+        """The parameters that train and travel, on a grid that stays from round to round."""
+        return layout_of(self.model, trainable=True, weights="int8po2")
 
 
 @contextmanager

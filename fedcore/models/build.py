@@ -80,7 +80,7 @@ class ParameterLayout:
 def layout_of(model: nn.Module, *, trainable: bool | None, weights: str = "int8") -> ParameterLayout:
     """The layout of the trainable, of the frozen or (None) of all parameters, in the module's order.
 
-    Weights of quantized layers travel as ``weights``, int8 or int7, everything else as fp16; a model without quantized layers
+    Weights of quantized layers travel as ``weights``, int8 or int8po2, everything else as fp16; a model without quantized layers
     travels as fp32.
     """
     quantized = {f"{name}.weight".lstrip(".") for name, module in model.named_modules() if isinstance(module, QuantLayer)}

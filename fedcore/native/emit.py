@@ -90,7 +90,7 @@ class _Writer:
             case Conv():
                 return forward.conv_forward(name, block, self.target)
             case Depthwise():
-                return forward.depthwise_forward(name, block)
+                return forward.depthwise_forward(name, block, self.target)
             case Pooling():
                 return plain.pool_forward(name, block)
             case Pointwise() | Addition():
@@ -118,7 +118,7 @@ class _Writer:
             case Conv():
                 return input_gradients.conv_input_gradient(name, block, self.target)
             case Depthwise():
-                return input_gradients.depthwise_input_gradient(name, block)
+                return input_gradients.depthwise_input_gradient(name, block, self.target)
             case Pooling():
                 return plain.pool_input_gradient(name, block)
             case Pointwise() | Addition():

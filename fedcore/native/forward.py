@@ -154,18 +154,18 @@ def _stored(block: Conv, lanes: int, at: str) -> Iterator[str]:
     return finish(block, lanes, "z", place, f"out + {at}", f"mark + {at}")
 
 
-def depthwise_forward(name: str, block: Depthwise) -> str:
+def depthwise_forward(name: str, block: Depthwise, target: Target) -> str:
     """``name(x, w, bias, out, mark, range)``, as `conv_forward`; weights [kh, kw, channels]."""
-    lanes, target = lanes_of(block.target.channels), block.target
-    body = [f"for (long v = 0; v < {target.depth}; v += {lanes}) {{"]
+    lanes, plane = lanes_of(block.target.channels), block.target
+    body = [f"for (long v = 0; v < {plane.depth}; v += {lanes}) {{"]
     bias = f"load{lanes}(bias + v)" if block.bias else f"(V{lanes}){{0}}"
     correlation = Correlation(
-        lanes, block.layer.kernel, target.depth, (target.height, target.width),
-        (*pixels(block.source, block.layer.stride), *pixels(block.source)),
+        lanes, block.layer.kernel, plane.depth, (plane.height, plane.width),
+        (*pixels(block.source, block.layer.stride), *pixels(block.source)), target,
     )  # fmt: skip
 
     def stored(t: int, i: str) -> Iterator[str]:
-        at = f"h * {target.row} + {i} * {target.depth} + v"
+        at = f"h * {plane.row} + {i} * {plane.depth} + v"
         yield f"V{lanes} z = a{t};"
         yield from finish(block, lanes, "z", f"(I{lanes}){{0}}", f"out + {at}", f"mark + {at}")
 
@@ -180,9 +180,11 @@ class Correlation:
     """
 
     def __init__(
-        self, lanes: int, kernel: tuple[int, int], depth: int, size: tuple[int, int], steps: tuple[int, int, int, int]
+        self, lanes: int, kernel: tuple[int, int], depth: int, size: tuple[int, int], steps: tuple[int, int, int, int],
+        target: Target,
     ) -> None:  # fmt: skip
         self.lanes, self.kernel, self.depth, self.size, self.steps = lanes, kernel, depth, size, steps
+        self.columns = min(8, max(1, target.accumulators - 4))  # weights take most registers of a small processor
         self.flipped = False
 
     def lines(self, begin: str, stored: Callable[[int, str], Iterator[str]]) -> Iterator[str]:
@@ -194,7 +196,7 @@ class Correlation:
             yield f"V{lanes} w{r}_{s} = load{lanes}(w + {tap * self.depth} + v);"
         yield f"for (long h = 0; h < {self.size[0]}; h++) {{"
         at = 0
-        for tile, repeat in counted(balanced(self.size[1], 8)):
+        for tile, repeat in counted(balanced(self.size[1], self.columns)):
             yield f"for (long i = {at}; i < {at + tile * repeat}; i += {tile}) {{"
             yield f"const real *p = x + h * {self.steps[0]} + i * {self.steps[1]} + v;"
             for t in range(tile):

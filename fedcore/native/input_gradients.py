@@ -119,7 +119,7 @@ def spread_size(block: Depthwise) -> int:
     return high * wide * block.target.depth + LANES
 
 
-def depthwise_input_gradient(name: str, block: Depthwise) -> str:
+def depthwise_input_gradient(name: str, block: Depthwise, target: Target) -> str:
     """``name(w, gm, spread, dx)``: the forward kernel on the spread gradient with its taps reversed."""
     lanes, depth, (kh, kw) = lanes_of(block.target.channels), block.target.depth, block.layer.kernel
     (sh, sw), (ph, pw), source = block.layer.stride, block.layer.padding, block.source
@@ -130,7 +130,7 @@ def depthwise_input_gradient(name: str, block: Depthwise) -> str:
     body.append(f"        load{lanes}(gm + (h * {block.target.width} + i) * {depth} + v));")
     body.append(f"const real *x = spread + {ph * row + pw * depth};")
     body.append(f"for (long v = 0; v < {depth}; v += {lanes}) {{")
-    correlation = Correlation(lanes, block.layer.kernel, depth, (source.height, source.width), (row, depth, row, depth))
+    correlation = Correlation(lanes, block.layer.kernel, depth, (source.height, source.width), (row, depth, row, depth), target)
     correlation.flipped = True
 
     def stored(t: int, i: str) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 Model (little-endian): ``FCM1`` | header length, uint32 | header, canonical JSON | tensors in header order, each aligned to 4
 bytes. The header lists tensors (name, shape, encoding), activation ranges and free metadata. Encodings: ``int8`` (one float32
-scale per row of the first axis, then the integers), ``int7`` (the same bytes; scales are powers of two), ``fp16``, ``fp32``.
+scale per row of the first axis, then the integers), ``int8po2`` (the same bytes; scales are powers of two), ``fp16``, ``fp32``.
 
 Update (little-endian): ``FCU1`` | encoding, uint8 (0 float32, 1 int8) | 3 zero bytes | number of values, uint32 | number of
 examples, uint64 | training loss, float64 | values. ``int8`` values are float32 scales of blocks of `BLOCK` values, then the
@@ -25,7 +25,7 @@ from fedcore.errors import Refused
 
 __all__ = [
     "BLOCK", "INTEGERS", "ActivationRange", "DecodedModel", "ModelTensor", "Section", "Update", "decode_model", "decode_update",
-    "encode_model", "encode_update", "model_sections", "quantize_rows", "quantize_rows_steadily", "update_length",
+    "encode_model", "encode_update", "model_sections", "quantize_rows", "quantize_rows_po2", "update_length",
 ]  # fmt: skip
 
 Floats = npt.NDArray[np.float32]
@@ -33,9 +33,9 @@ MAGIC_MODEL, MAGIC_UPDATE = b"FCM1", b"FCU1"
 BLOCK = 256
 _UPDATE_HEADER = struct.Struct("<4sB3xIQd")
 _ENCODINGS = ("float32", "int8")
-INTEGERS = ("int8", "int7")  # encodings of a model's weights as integers and a scale per row
+INTEGERS = ("int8", "int8po2")  # encodings of a model's weights as integers and a scale per row
 _LEAST_EXPONENT = -126  # of a normal float32
-_LARGEST_INT7 = 2.0**127  # what is larger may round to infinity
+_LARGEST_PO2 = 2.0**127  # what is larger may round to infinity
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class ActivationRange:
 
 @dataclass(frozen=True)
 class ModelTensor:
-    """One parameter tensor of fp32 values and how it is encoded: ``int8``, ``int7``, ``fp16`` or ``fp32``."""
+    """One parameter tensor of fp32 values and how it is encoded: ``int8``, ``int8po2``, ``fp16`` or ``fp32``."""
 
     name: str
     values: Floats
@@ -100,15 +100,16 @@ def quantize_rows(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
     return integers.reshape(values.shape), scale
 
 
-def quantize_rows_steadily(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
-    """Symmetric integers of ``values`` [out, ...] within [-64, 64] with one scale per row, [out], a power of two.
+def quantize_rows_po2(values: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Symmetric int8 of ``values`` [out, ...] with one scale per row, [out]: the power of two that is nearest to peak / 64.
 
-    Such a scale stays until the row's peak has doubled or halved. From one round to the next the integers then differ only where
-    weights have moved, and by little: that makes the delta between the two models small.
+    A row's largest integer is within [45, 91], and its scale stays until the peak has left a factor of two. From one round to the
+    next integers then differ only where weights have moved, and by little: that makes the delta between the two models small.
     """
     rows = values.reshape(values.shape[0], -1)
-    _, exponent = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
-    scale = np.ldexp(np.float32(1), np.maximum(exponent - 6, _LEAST_EXPONENT)).astype(np.float32)
+    fraction, exponent = np.frexp(np.abs(rows).max(axis=1, initial=0.0))
+    nearest = exponent - np.where(fraction >= math.sqrt(0.5), 6, 7)
+    scale = np.ldexp(np.float32(1), np.maximum(nearest, _LEAST_EXPONENT)).astype(np.float32)
     return np.rint(rows / scale[:, None]).astype(np.int8).reshape(values.shape), scale
 
 
@@ -225,9 +226,9 @@ def decode_update(data: bytes) -> Update:
 
 def _encode_tensor(tensor: ModelTensor) -> bytes:
     if tensor.encoding in INTEGERS:
-        if tensor.encoding == "int7" and np.abs(tensor.values).max(initial=0.0) > _LARGEST_INT7:
-            raise Refused(f"parameter {tensor.name} holds values beyond the range of int7 (2^127); it cannot be encoded")
-        integers, scale = (quantize_rows if tensor.encoding == "int8" else quantize_rows_steadily)(tensor.values)
+        if tensor.encoding == "int8po2" and np.abs(tensor.values).max(initial=0.0) > _LARGEST_PO2:
+            raise Refused(f"parameter {tensor.name} holds values beyond the range of int8po2 (2^127); it cannot be encoded")
+        integers, scale = (quantize_rows if tensor.encoding == "int8" else quantize_rows_po2)(tensor.values)
         return scale.tobytes() + integers.tobytes()
     if tensor.encoding == "fp16":
         with np.errstate(over="ignore"):

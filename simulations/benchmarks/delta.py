@@ -1,7 +1,7 @@
 """Deltas between the models of consecutive rounds of a real run, beside zstd --patch-from (level 19) and bsdiff on the same pairs.
 
 Every delta is applied before it is counted. `five_back` is the delta from the model five rounds before; accuracy is that of the
-int8 model that the run ends with, on either grid that clients may receive weights on (`[wire] model`).
+int8 model that the run ends with.
 
     python -m simulations.benchmarks.delta [--rounds 12] [--json]
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import itertools
 import json
 import statistics
 import sys
@@ -32,7 +31,6 @@ RUNS = {
     "fashion-mnist": (_FASHION, ["training.epochs=2"]),
     "fashion-mnist, the head only": (_FASHION, ["training.epochs=2", "model.trainable=['7.*', '9.*', '11.*']"]),
 }
-GRIDS = ("int8", "int7")
 _QUIET = ("evaluation.every=0", "evaluation.federated_every=0")
 
 
@@ -62,15 +60,15 @@ def compare(base: bytes, result: bytes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def measure(name: str, grid: str, seed: int, rounds: int) -> list[dict[str, Any]]:
+def measure(name: str, seed: int, rounds: int) -> list[dict[str, Any]]:
     """One row for each round from the second on."""
     scenario, settings = RUNS[name]
     more = [f"run.rounds={rounds}"] if rounds else []
-    config = load_config(SCENARIOS / scenario, [*settings, *_QUIET, f"wire.model={grid}", f"run.seed={seed}", *more])
+    config = load_config(SCENARIOS / scenario, [*settings, *_QUIET, f"run.seed={seed}", *more])
     models, accuracy = train(config)
     rows = []
     for number in range(1, len(models)):
-        row = {"data": name, "grid": grid, "seed": seed, "round": number + 1, **compare(models[number - 1], models[number])}
+        row = {"data": name, "seed": seed, "round": number + 1, **compare(models[number - 1], models[number])}
         if number >= 5:
             row["five_back_bytes"] = len(make_delta(models[number - 5], models[number]))
         rows.append(row)
@@ -82,20 +80,19 @@ def main() -> None:
     """Parse, run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", choices=RUNS, default=list(RUNS))
-    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=list(GRIDS))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=0, help="instead of the scenario's")
     parser.add_argument("--json", action="store_true", help="print one JSON object a row")
     given = parser.parse_args()
     if not given.json:
-        print("| data | grid | rounds | full | delta | largest | full / delta | zstd | bsdiff | five back | accuracy |")
-        print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for name, grid in itertools.product(given.data, given.grids):
-        rows = measure(name, grid, given.seed, given.rounds)
+        print("| data | rounds | full | delta | largest | full / delta | zstd | bsdiff | five back | accuracy |")
+        print("|---|---|---|---|---|---|---|---|---|---|")
+    for name in given.data:
+        rows = measure(name, given.seed, given.rounds)
         print("\n".join(json.dumps(row) for row in rows) if given.json else summary(rows), flush=True)
         worse = [row["round"] for row in rows if row["delta_bytes"] > min(row["zstd_patch_bytes"], row["bsdiff_bytes"])]
         if worse:
-            print(f"{name}, {grid}: larger than zstd or bsdiff in rounds {worse}", file=sys.stderr, flush=True)
+            print(f"{name}: larger than zstd or bsdiff in rounds {worse}", file=sys.stderr, flush=True)
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
@@ -104,7 +101,7 @@ def summary(rows: list[dict[str, Any]]) -> str:
     far = [row["five_back_bytes"] for row in rows if "five_back_bytes" in row]
     largest = max(row["delta_bytes"] for row in rows)
     return (
-        f"| {rows[0]['data']} | {rows[0]['grid']} | {len(rows) + 1} | {middle['full_bytes']:.0f} | {middle['delta_bytes']:.0f} "
+        f"| {rows[0]['data']} | {len(rows) + 1} | {middle['full_bytes']:.0f} | {middle['delta_bytes']:.0f} "
         f"| {largest} | {middle['full_bytes'] / middle['delta_bytes']:.1f} | {middle['zstd_patch_bytes']:.0f} "
         f"| {middle['bsdiff_bytes']:.0f} | {statistics.median(far) if far else '-'} | {rows[-1]['int8_accuracy']:.4f} |"
     )

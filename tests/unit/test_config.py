@@ -89,10 +89,6 @@ def test_overrides_reach_the_units_of_privacy(tmp_path):
         ("[data]\nclients = 5\n[cohort]\nsize = 6", ["cohort.size = 6 is more than data.clients = 5"]),
         ("[data]\nclients = 5\n[evaluation]\nfederated_every = 1", ["needs data.holdout > 0"]),
         ("[data]\nclients = 5\n[quantization]\ncalibrate_round = 99", ["after the last round"]),
-        (
-            '[data]\nclients = 5\n[quantization]\nenabled = false\n[wire]\nmodel = "int7"',
-            ['wire.model = "int7" needs quantization'],
-        ),
         ("[data]\nclients = 5\n[strategy.params]\nfraction_train = 0.5", ["fraction_train cannot be set", "cohort.size"]),
         ("[data]\nclients = 5\n[run]\nname = '../up'", ["run.name must be", "without slashes"]),
         ("[data]\nclients = 5\n[run]\nname = '.hidden'", ["no leading dot"]),

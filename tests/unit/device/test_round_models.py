@@ -56,7 +56,7 @@ def go(device, found):
     return ["delta" if name.startswith("model-from-") else name for name in fetched]
 
 
-@pytest.mark.parametrize("weights", ["int8", "int7"])
+@pytest.mark.parametrize("weights", ["int8", "int8po2"])
 def test_a_device_that_holds_the_last_model_fetches_the_difference(device, tmp_path, weights):
     state, _, gateway = device
     blobs = Blobs(tmp_path / "blobs")

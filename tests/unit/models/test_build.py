@@ -19,9 +19,9 @@ def build(tmp_path, *, shape=(1, 8, 8), seed=0, quantized=True, **config):
 def test_the_zoo_is_sound(tmp_path, name):
     model = build(tmp_path, name=name, shape=SHAPES[name])
     check_model(model, torch.randn(3, *SHAPES[name]), 4)
-    layout, coarse = layout_of(model, trainable=True), layout_of(model, trainable=True, weights="int7")
+    layout, steady = layout_of(model, trainable=True), layout_of(model, trainable=True, weights="int8po2")
     encodings = dict(zip(layout.names, layout.encodings, strict=True))
-    assert coarse.encodings == tuple({"int8": "int7"}.get(one, one) for one in layout.encodings)
+    assert steady.encodings == tuple({"int8": "int8po2"}.get(one, one) for one in layout.encodings)
     assert all(encoding == ("int8" if name.endswith("weight") else "fp16") for name, encoding in encodings.items())
 
 

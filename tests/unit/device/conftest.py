@@ -45,3 +45,36 @@ def library(built, tmp_path):
     for name in ("trainer.json", "libtrainer.so"):
         (folder / name).write_bytes((built.parent / name).read_bytes())
     return folder / "trainer.json"
+
+
+@pytest.fixture
+def tried(monkeypatch):
+    """In the place of self-tests in a child: what was tried, and what comes of it."""
+    import fedcore_device.updates
+    from fedcore_device.installed import Trial
+
+    found = {"files": [], "outcome": Trial(0.01, 2.0, 1000, {})}
+
+    def self_test(files, batch, bounds):
+        found["files"].append({name: path.read_bytes() for name, path in files.items()})
+        found["batch"], found["bounds"] = batch and batch.read_bytes(), bounds
+        if isinstance(found["outcome"], Exception):
+            raise found["outcome"]
+        if callable(found["outcome"]):
+            found["outcome"]()
+            return Trial(0.01, 2.0, 1000, {})
+        return found["outcome"]
+
+    monkeypatch.setattr(fedcore_device.updates, "self_test", self_test)
+    return found
+
+
+@pytest.fixture
+def device(tmp_path, tried):
+    """One that has installed its first release."""
+    from release_fake import Device
+
+    one = Device(tmp_path / "agent")
+    one.assign(1)
+    assert not one.step()
+    return one

@@ -183,3 +183,10 @@ class Device:
         self.world.now += seconds
         self.gateway.now += seconds
         self.elapsed[0] += seconds
+
+
+def well(device):
+    """Pass the probation."""
+    device.past(3601)
+    assert not device.step()
+    assert device.pointer().starts is None

@@ -5,6 +5,7 @@ Checked against flwr 1.41: a Message can be built only where ``TaskIdentity`` is
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import logging
@@ -64,6 +65,8 @@ Floats = npt.NDArray[np.float32]
 Record = TypeVar("Record", ArrayRecord, ConfigRecord)
 _FACTS = "fedcore-facts"
 _HEADER = 512  # bytes that hold the header of a stored array
+_HEADERS = 1024  # that are remembered
+_MAGIC = npy.magic(1, 0)
 NOBODY = -1
 """The node of a message about a cohort that happens to be empty."""
 METRICS = {MessageType.TRAIN: ("num-examples", "train_loss"), MessageType.EVALUATE: ("num-examples", "accuracy", "loss")}
@@ -104,24 +107,32 @@ def from_record(layout: ParameterLayout, record: ArrayRecord) -> Floats:
 def to_array(values: npt.NDArray[Any]) -> Array:
     """What ``Array(values)`` is, written with one copy of the values."""
     values = np.asarray(values, order="C")
-    header = io.BytesIO()
-    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(values))
-    return Array(str(values.dtype), values.shape, SType.NUMPY, b"".join((header.getvalue(), values.data)))
+    header = _header_of(values.dtype, values.shape)
+    return Array(str(values.dtype), values.shape, SType.NUMPY, b"".join((header, values.data)))
 
 
 def from_array(array: Array) -> npt.NDArray[Any]:
     """What ``array.numpy()`` is, read-only and without a copy where the array is stored as `to_array` stores it."""
-    head = io.BytesIO(array.data[:_HEADER])
-    if array.stype != SType.NUMPY or array.data[:8] != npy.magic(1, 0):
+    begin = len(_MAGIC) + 2 + int.from_bytes(array.data[len(_MAGIC) : len(_MAGIC) + 2], "little")
+    if array.stype != SType.NUMPY or array.data[: len(_MAGIC)] != _MAGIC or begin > _HEADER:
         return array.numpy()
-    npy.read_magic(head)
-    try:
-        shape, columns_first, dtype = npy.read_array_header_1_0(head)
-    except ValueError:  # a longer header than arrays of numbers have
-        return array.numpy()
+    shape, columns_first, dtype = _read_header(array.data[len(_MAGIC) : begin])
     if columns_first or dtype.hasobject:
         return array.numpy()
-    return np.frombuffer(array.data, dtype, math.prod(shape), head.tell()).reshape(shape)
+    return np.frombuffer(array.data, dtype, math.prod(shape), begin).reshape(shape)
+
+
+# A model's arrays have the same few headers in every round.
+@functools.lru_cache(_HEADERS)
+def _header_of(kind: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, {"descr": npy.dtype_to_descr(kind), "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+@functools.lru_cache(_HEADERS)
+def _read_header(text: bytes) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    return npy.read_array_header_1_0(io.BytesIO(text))
 
 
 def only_record(message: Message, kind: type[Record]) -> Record:

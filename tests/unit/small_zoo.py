@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from fedcore.models import ZOO
+from fedcore.native.build import BuildFailed, compiler_version, host_target
 from fedcore.quantization.layers import calibrate, make_quantization_aware
 from fedcore.training.plan import ClientData, LocalPlan, client_rng
 
@@ -54,3 +55,13 @@ def updates(trainer, clients: list[ClientData], plan: LocalPlan) -> tuple[torch.
     assert [r.client for r in results] == [c.client for c in clients]
     assert [r.examples for r in results] == [len(c.y) for c in clients]
     return torch.stack([r.update for r in results]), np.array([r.loss for r in results])
+
+
+def why_no_compiler() -> str:
+    """Empty where native code can be compiled for this machine."""
+    try:
+        compiler_version()
+        host_target()
+    except BuildFailed as error:
+        return str(error)
+    return ""

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from small_zoo import why_no_compiler
 from torch.nn import functional as F
 
 from fedcore.coordinator.assembly import assemble
@@ -11,7 +12,6 @@ from fedcore.coordinator.run import SimulatedRun
 from fedcore.display import _headline
 from fedcore.errors import Refused
 from fedcore.export.source import load_run
-from fedcore.native.build import BuildFailed, compiler_version, host_target
 from fedcore.portable.judge import read_evaluation
 from fedcore.portable.step import portable_evaluation, portable_step
 from fedcore.quantization.layers import float_arithmetic, set_activation_ranges
@@ -19,15 +19,6 @@ from fedcore.training.evaluation import load_flat
 
 SQUARED = ("training.loss=squared", "training.lr=0.3", "run.rounds=2", "evaluation.federated_every=1")
 PLAIN = "quantization.enabled=false"
-
-
-def why_no_compiler() -> str:
-    try:
-        compiler_version()
-        host_target()
-    except BuildFailed as error:
-        return str(error)
-    return ""
 
 
 needs_compiler = pytest.mark.skipif(bool(why_no_compiler()), reason=why_no_compiler() or "-")

@@ -8,23 +8,13 @@ import torch
 from small_zoo import PLANS, federation, start_of
 
 from fedcore.native.blocks import LANES, plan
-from fedcore.native.build import FLAGS, BuildFailed, compile_library, compiler_version, host_target
+from fedcore.native.build import FLAGS, compile_library
 from fedcore.native.emit import source
 from fedcore.native.layers import lower
 from fedcore.native.memory import Memory, plan_memory
 from fedcore.native.trainer import _range
 from fedcore.quantization.layers import quantizers
 from fedcore.training.plan import batch_order
-
-
-def why_no_compiler() -> str:
-    try:
-        compiler_version()
-        host_target()
-    except BuildFailed as error:
-        return str(error)
-    return ""
-
 
 # Reads a job as `run_elsewhere` writes it, trains, writes the update and the loss. Every buffer is allocated by itself and has
 # exactly the size that trainer.h promises. GAPS: offsets and lengths in the workspace that belong to no region.

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_clients import why_no_compiler
+from small_zoo import why_no_compiler
 
 from fedcore.config import parse_config
 from fedcore.coordinator.assembly import build_clients

@@ -10,8 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
-from small_zoo import network, updates
+from small_zoo import network, updates, why_no_compiler
 from torch import nn
 
 from fedcore.config import EngineConfig

@@ -10,8 +10,7 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
-from small_zoo import PLANS, SHAPES, SQUARED, federation, network, start_of, updates
+from small_zoo import PLANS, SHAPES, SQUARED, federation, network, start_of, updates, why_no_compiler
 from typer.testing import CliRunner
 
 from fedcore.cli import app

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from native_clients import run_elsewhere, why_no_compiler
-from small_zoo import PLANS, federation, updates
+from native_clients import run_elsewhere
+from small_zoo import PLANS, federation, updates, why_no_compiler
 from torch import nn
 
 from fedcore.config import LOSSES

@@ -5,9 +5,8 @@ import ctypes
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
 from scipy import stats
-from small_zoo import SHAPES, network
+from small_zoo import SHAPES, network, why_no_compiler
 
 from fedcore.native.trainer import NativeTrainer
 from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise

@@ -6,9 +6,8 @@ import os
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
 from scipy import stats
-from small_zoo import start_of
+from small_zoo import start_of, why_no_compiler
 from torch import nn
 
 from fedcore.data import Dataset, Examples, FederatedData

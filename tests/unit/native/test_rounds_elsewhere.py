@@ -10,8 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
-from small_zoo import PLANS, SHAPES, network, start_of
+from small_zoo import PLANS, SHAPES, network, start_of, why_no_compiler
 
 from fedcore.data import Examples
 from fedcore.models import ZOO

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from native_clients import run_elsewhere, why_no_compiler
-from small_zoo import PLANS, SHAPES, SQUARED, federation, network, updates
+from native_clients import run_elsewhere
+from small_zoo import PLANS, SHAPES, SQUARED, federation, network, updates, why_no_compiler
 
 from fedcore.models import ZOO
 from fedcore.native import build as builds

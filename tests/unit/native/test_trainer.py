@@ -7,8 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
-from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates
+from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates, why_no_compiler
 from torch import nn
 
 from fedcore.errors import Refused

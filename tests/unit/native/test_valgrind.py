@@ -6,8 +6,8 @@ from pathlib import Path
 import native_clients
 import pytest
 import torch
-from native_clients import run_elsewhere, why_no_compiler
-from small_zoo import PLANS, SHAPES, federation, network, updates
+from native_clients import run_elsewhere
+from small_zoo import PLANS, SHAPES, federation, network, updates, why_no_compiler
 from torch import nn
 
 from fedcore.models import ZOO, Residual

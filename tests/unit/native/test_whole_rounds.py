@@ -9,8 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from native_clients import why_no_compiler
-from small_zoo import PLANS, SHAPES, SQUARED, network, start_of
+from small_zoo import PLANS, SHAPES, SQUARED, network, start_of, why_no_compiler
 
 from fedcore.data import Examples
 from fedcore.errors import Refused

@@ -7,26 +7,17 @@ import numpy as np
 import pytest
 import torch
 from flwr.app import ConfigRecord
+from small_zoo import why_no_compiler
 
 from fedcore.config import PrivacyConfig
 from fedcore.coordinator.assembly import assemble, build_clients
 from fedcore.errors import Refused
-from fedcore.native.build import BuildFailed, compiler_version, host_target
 from fedcore.privacy.randomness import RootKey
 from fedcore.privacy.release import plan_release
 from fedcore.training.client import Clients, RoundTask
 from fedcore.training.dpsgd import GaussianNoise, SimulatedNoise, noise_of
 from fedcore.training.engine import Engine, make_trainer
 from fedcore.training.plan import ClientData, DpSgdPlan, LocalPlan, client_rng, poisson_schedule
-
-
-def why_no_compiler() -> str:
-    try:
-        compiler_version()
-        host_target()
-    except BuildFailed as error:
-        return str(error)
-    return ""
 
 
 class Bench:

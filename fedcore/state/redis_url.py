@@ -21,6 +21,8 @@ def parse_redis_url(url: str) -> tuple[str, str, str]:
     try:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
+        if "@" in parts.query or "@" in parts.fragment or ("@" in parts.path and parts.scheme != "unix"):
+            raise ValueError  # a password that is not percent-encoded ends what names the host
     except ValueError:
         raise Refused("the URL of a store cannot be read; one in Redis looks like redis://HOST:PORT/DB?population=NAME") from None
     if parts.scheme not in {"redis", "rediss", "unix"}:

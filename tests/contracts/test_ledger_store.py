@@ -336,6 +336,9 @@ def test_a_password_is_never_shown():
     ("url", "said"),
     [
         ("redis://u:secret@localhost:port/0?population=a", "cannot be read"),
+        ("redis://:1?secret@localhost/0?population=a", "cannot be read"),
+        ("redis://:1/secret@localhost/0?population=a", "cannot be read"),
+        ("redis://:1#secret@localhost/0?population=a", "cannot be read"),
         ("redis://u:secret@localhost/0", "needs .population=NAME"),
         ("redis://u:secret@localhost/0?population=a b", "needs .population=NAME"),
         ("redis://u:secret@localhost/0?population=a&population=b", "needs .population=NAME"),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fedcore.errors import Refused
 
-__all__ = ["confine"]
+__all__ = ["confine", "filter_for"]
 
 # Numbers: x86-64 from arch/x86/entry/syscalls/syscall_64.tbl, aarch64 from include/uapi/asm-generic/unistd.h. In this order:
 # socket, socketpair, connect, accept, accept4, bind, listen, execve, execveat, ptrace, process_vm_readv, process_vm_writev,
@@ -70,13 +70,17 @@ def _address_space() -> int:
     return 0
 
 
-def _filter(libc: ctypes.CDLL) -> None:
-    machine = platform.machine()
+def filter_for(machine: str) -> list[tuple[int, int, int, int]]:
+    """The filter's instructions for a processor: class, steps ahead if a test holds and if not, operand.
+
+    Raises:
+        Refused: its system calls are not known.
+    """
     if machine not in _FORBIDDEN:
         raise Refused(f"training cannot be confined: no list of system calls is known for {machine}")
     architecture, forbidden, clone = _FORBIDDEN[machine]
     count = len(forbidden)
-    code = [
+    return [
         (_LOAD, 0, 0, _ARCHITECTURE), (_EQUAL, 1, 0, architecture), (_RETURN, 0, 0, _KILL),
         (_LOAD, 0, 0, _NUMBER), (_AT_LEAST, count + 5, 0, _X32),
         *((_EQUAL, count + 4 - i, 0, number) for i, number in enumerate(forbidden)),
@@ -84,6 +88,10 @@ def _filter(libc: ctypes.CDLL) -> None:
         (_LOAD, 0, 0, _FIRST_ARGUMENT), (_ANY_BIT, 0, 1, _CLONE_THREAD),
         (_RETURN, 0, 0, _ALLOW), (_RETURN, 0, 0, _DENY), (_RETURN, 0, 0, _MISSING),
     ]  # fmt: skip
+
+
+def _filter(libc: ctypes.CDLL) -> None:
+    code = filter_for(platform.machine())
     buffer = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *one) for one in code))
     program = _Program(len(code), ctypes.addressof(buffer))
     if (

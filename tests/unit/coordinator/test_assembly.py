@@ -1,4 +1,4 @@
-"""A user's model that fails on what the coordinator itself computes."""
+"""What a run is made of: how its parameters travel, and a user's model that fails on what the coordinator itself computes."""
 
 import pytest
 
@@ -20,6 +20,11 @@ class Picky(nn.Module):
         return self.layer(x.flatten(1))
 """
 LINE = "^model mine:Picky failed on the coordinator's own examples: ValueError: too many$"
+
+
+def test_downloads_have_steps_that_stay_from_round_to_round(scenario):
+    assert set(assemble(scenario()).layout.encodings) == {"int8po2", "fp16"}
+    assert set(assemble(scenario("quantization.enabled=false")).layout.encodings) == {"fp32"}
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fedcore.native.deliver import DEVICES, deliver
 TARGET = {"x86_64": "x86_64", "aarch64": "aarch64-linux"}.get(platform.machine(), "")
 
 
-def why_not_here() -> str:
+def why_not_here() -> str:  # as small_zoo has it, which integration tests do not see
     try:
         compiler_version()
         host_target()

@@ -1,6 +1,7 @@
 """The models of the zoo for small inputs, and clients for them."""
 
 import dataclasses
+import math
 
 import numpy as np
 import torch
@@ -55,6 +56,24 @@ def updates(trainer, clients: list[ClientData], plan: LocalPlan) -> tuple[torch.
     assert [r.client for r in results] == [c.client for c in clients]
     assert [r.examples for r in results] == [len(c.y) for c in clients]
     return torch.stack([r.update for r in results]), np.array([r.loss for r in results])
+
+
+def watch_windows(model: nn.Module) -> list[float]:
+    """By how much the first place of a pooling window that counts is ahead of the second, at least in each batch from now on."""
+    found: list[float] = []
+
+    def watch(_module, inputs):
+        windows = inputs[0].detach().unfold(-1, 2, 2)
+        if windows.dim() == 5:
+            windows = windows.unfold(2, 2, 2).flatten(-2)
+        best = windows.topk(2, -1).values
+        ahead = (best[..., 0] - best[..., 1])[best[..., 0] > 0]
+        found.append(float(ahead.min()) if ahead.numel() else math.inf)
+
+    for layer in model:
+        if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
+            layer.register_forward_pre_hook(watch)
+    return found
 
 
 def why_no_compiler() -> str:

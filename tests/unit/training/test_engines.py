@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import pytest
 import torch
-from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates
+from small_zoo import FEW, PLANS, SHAPES, SIZES, SQUARED, federation, network, start_of, updates, watch_windows
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,24 +51,12 @@ def test_vmap_equals_the_loop_in_single_precision_without_fake_quant(name):
 @pytest.mark.parametrize("name", ["cnn", "lenet", "imu_cnn"])
 def test_no_window_ties(name):
     """In training, no pooling window of the reference has two first places."""
-    model, smallest = network(name, True, torch.float64), [1.0]
-
-    def watch(_module, inputs):
-        windows = inputs[0].detach().unfold(-1, 2, 2)
-        if windows.dim() == 5:
-            windows = windows.unfold(2, 2, 2).flatten(-2)
-        best = windows.topk(2, -1).values
-        contested = best[..., 0] > 0
-        smallest[0] = min(smallest[0], float((best[..., 0] - best[..., 1])[contested].min()))
-
-    for layer in model:
-        if isinstance(layer, (nn.MaxPool1d, nn.MaxPool2d)):
-            layer.register_forward_pre_hook(watch)
-    start = start_of(model).clone()
+    model = network(name, True, torch.float64)
+    start, closest = start_of(model).clone(), watch_windows(model)
     for plan in ALL.values():
         torch.nn.utils.vector_to_parameters(start.clone(), model.parameters())
         updates(LoopTrainer(model), federation(SHAPES[name], torch.float64, sizes=FEW), plan)
-    assert smallest[0] > 1e-9
+    assert min(closest) > 1e-9
 
 
 @pytest.mark.parametrize("plan", ALL.values(), ids=ALL)
